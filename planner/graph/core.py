@@ -1,0 +1,166 @@
+"""The logical model: tensors, ops with factor rules, loops; as if for one huge device.
+
+A rule is an einsum generalised: every dimension of every operand and result is an ordered
+tuple of factors, and every factor has a kind that says what sharding it needs:
+
+    parallel   independent pieces
+    reduce     pieces give partial results, to be combined with the op's `combiner`
+    blocked    must be whole on every device
+    window     needs data of its neighbours (convolution, pooling)
+
+Only data types and their consistency checks live here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+ROLES = ("input", "parameter", "state", "gradient", "residual", "activation", "scalar")
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A logical array. `dims` are the names of its dimensions, for people and annotations."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    dims: tuple[str, ...]
+    role: str = "activation"
+
+    @property
+    def elements(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Factor:
+    name: str
+    size: int
+    kind: str = "parallel"
+
+
+Dims = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Factors of an op, and for every operand and result dimension the factors it is made of.
+
+    `linear`: operand groups; if all operands of a group are partial sums over an axis, so is
+    the result. `combiner`: how partial results of reduce factors are combined.
+    """
+
+    factors: tuple[Factor, ...]
+    ins: tuple[Dims, ...]
+    outs: tuple[Dims, ...]
+    linear: tuple[tuple[int, ...], ...] = ()
+    combiner: str = "sum"
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation. `attrs` hold what evaluation needs (expressions, strides, …).
+
+    `origin` names the forward op of which this one is the recomputation: both are one
+    decision. `phase` is forward, recompute, backward or update.
+    """
+
+    name: str
+    kind: str
+    ins: tuple[str, ...]
+    outs: tuple[str, ...]
+    rule: Rule
+    attrs: Mapping[str, Any] = field(default_factory=dict)
+    phase: str = "forward"
+    origin: str = ""
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A value handed from iteration to iteration: outer `init` → body `entry` … body `exit`
+    → outer `result`. All four have the same shape, dtype and, in a plan, the same spec."""
+
+    init: str
+    entry: str
+    exit: str
+    result: str
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A stacked outer tensor `outer` [times, …] and its slice of one iteration `inner` […]."""
+
+    outer: str
+    inner: str
+
+
+@dataclass(frozen=True)
+class Loop:
+    """`times` executions of `body`; `reads` are sliced, `writes` stacked, `shared` passed whole.
+
+    With `reverse` the iterations run from the last slice to the first.
+    Body tensors in `shared` keep their outer name.
+    """
+
+    name: str
+    times: int
+    body: Graph
+    carries: tuple[Carry, ...] = ()
+    reads: tuple[Stack, ...] = ()
+    writes: tuple[Stack, ...] = ()
+    shared: tuple[str, ...] = ()
+    reverse: bool = False
+    phase: str = "forward"
+
+    @property
+    def ins(self) -> tuple[str, ...]:
+        outer = (*(k.init for k in self.carries), *(s.outer for s in self.reads), *self.shared)
+        return tuple(dict.fromkeys(outer))
+
+    @property
+    def outs(self) -> tuple[str, ...]:
+        return (*(k.result for k in self.carries), *(s.outer for s in self.writes))
+
+
+Node = Op | Loop
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Tensors by unique name (unique over all loop bodies too) and nodes in execution order.
+
+    `aliases` maps an output to the input whose memory and spec it takes over (donated state).
+    """
+
+    tensors: Mapping[str, Tensor]
+    nodes: tuple[Node, ...]
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    pins: Mapping[str, Any] = field(default_factory=dict)
+
+    def walk(self, times: int = 1) -> Iterator[tuple[Op, int]]:
+        """Every op of the graph and its loop bodies, with how often it runs in a step."""
+        for node in self.nodes:
+            if isinstance(node, Op):
+                yield node, times
+            else:
+                yield from node.body.walk(times * node.times)
+
+    def all_tensors(self) -> dict[str, Tensor]:
+        found = dict(self.tensors)
+        for node in self.nodes:
+            if isinstance(node, Loop):
+                found.update(node.body.all_tensors())
+        return found
+
+    def parameters(self) -> tuple[Tensor, ...]:
+        return tuple(self.tensors[n] for n in self.inputs if self.tensors[n].role == "parameter")
+
+    @property
+    def parameter_count(self) -> int:
+        return sum(t.elements for t in self.parameters())

@@ -1,0 +1,125 @@
+"""Composite layers written with the builder's primitives: norms, softmax, attention, losses.
+
+Nothing here knows sharding: what a layer may do on a mesh follows from its primitives' rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from planner.graph import expr as ex
+from planner.graph.builder import Builder, GraphError
+
+NORM_EPSILON = 1e-6  # the usual default of T5- and Llama-style norms
+MASKED = -1e30  # large enough to vanish in exp(), finite in bf16
+
+
+def layer_norm(b: Builder, value: str, scale: str, bias: str | None = None, name: str = "ln") -> str:
+    """(x − mean) · rsqrt(var + ε) · scale [+ bias] over the last dimension."""
+    t = b.lookup(value)
+    last, n = t.dims[-1], t.shape[-1]
+    lead = t.dims[:-1]
+    total = b.map(f"{name}.sum", [(value, t.dims)], lead, ex.x(0), dtype="f32")
+    squares = b.map(f"{name}.sumsq", [(value, t.dims)], lead, ex.square(ex.x(0)), dtype="f32")
+    mean = ex.div(ex.x(1), ex.c(n))
+    var = ex.sub(ex.div(ex.x(2), ex.c(n)), ex.square(mean))
+    unit = ex.mul(ex.sub(ex.x(0), mean), ex.call("rsqrt", ex.add(var, ex.c(NORM_EPSILON))))
+    out = ex.mul(unit, ex.x(3))
+    operands = [(value, t.dims), (total, lead), (squares, lead), (b.use(scale), (last,))]
+    if bias is not None:
+        out = ex.add(out, ex.x(4))
+        operands.append((b.use(bias), (last,)))
+    return b.map(name, operands, t.dims, out)
+
+
+def rms_norm(b: Builder, value: str, scale: str, name: str = "norm") -> str:
+    """x · rsqrt(mean(x²) + ε) · scale over the last dimension (Zhang & Sennrich 2019)."""
+    t = b.lookup(value)
+    last, n = t.dims[-1], t.shape[-1]
+    lead = t.dims[:-1]
+    squares = b.map(f"{name}.sumsq", [(value, t.dims)], lead, ex.square(ex.x(0)), dtype="f32")
+    mean = ex.add(ex.div(ex.x(1), ex.c(n)), ex.c(NORM_EPSILON))
+    out = ex.mul(ex.mul(ex.x(0), ex.call("rsqrt", mean)), ex.x(2))
+    operands = [(value, t.dims), (squares, lead), (b.use(scale), (last,))]
+    return b.map(name, operands, t.dims, out)
+
+
+def softmax(b: Builder, value: str, over: str, name: str = "softmax", causal: tuple[str, str] | None = None) -> str:  # noqa: E501
+    """softmax over dimension `over`; `causal=(query, key)` masks keys after the query."""
+    t = b.lookup(value)
+    if over not in t.dims:
+        raise GraphError(f"{name}: '{over}' is not a dimension of '{value}' {list(t.dims)}")
+    lead = tuple(d for d in t.dims if d != over)
+    logit = ex.x(0)
+    if causal is not None:
+        seen = ex.call("ge", ex.index(causal[0]), ex.index(causal[1]))
+        logit = ex.call("where", seen, logit, ex.c(MASKED))
+    top = b.map(
+        f"{name}.max", [(value, t.dims)], lead, logit, dtype="f32", combiner="max",
+        attrs={"stop": True},
+    )  # fmt: skip
+    power = ex.call("exp", ex.sub(logit, ex.x(1)))
+    total = b.map(
+        f"{name}.sum", [(value, t.dims), (top, lead)], lead, power, dtype="f32",
+        attrs={"stop": True},
+    )  # fmt: skip
+    return b.map(
+        name, [(value, t.dims), (top, lead), (total, lead)], t.dims, ex.div(power, ex.x(2)),
+        attrs={"vjp": "softmax", "over": over},
+    )  # fmt: skip
+
+
+def attention(
+    b: Builder, q: str, k: str, v: str, *, causal: bool, name: str = "attn", grouped: bool = False
+) -> str:
+    """softmax(q·kᵀ/√d)·v. q: [B,S,N,H] (grouped: [B,S,K,G,H]); k, v: [B,T,N|K,H]."""
+    head = b.lookup(q).shape[-1]
+    heads = "K G" if grouped else "N"
+    keys = "K" if grouped else "N"
+    qd, kd, vd = f"B S {heads} H", f"B T {keys} H", f"B T {keys} H"
+    scale = ex.c(head**-0.5)
+    labels = qd.split()
+    scores = b.map(
+        f"{name}.scores", [(q, labels), (k, kd.split())], ("B", *heads.split(), "S", "T"),
+        ex.mul(ex.mul(ex.x(0), ex.x(1)), scale),
+    )  # fmt: skip
+    p = softmax(b, scores, "T", f"{name}.probs", ("S", "T") if causal else None)
+    return b.einsum(f"B {heads} S T, {vd} -> {qd}", p, v, name=f"{name}.mix")
+
+
+def embedding(b: Builder, table: str, ids: str, out: Sequence[str], name: str = "embed") -> str:
+    """table[ids]: [V, D] and integer ids [...] → [..., D]; a one-hot product over V."""
+    used = b.use(table)
+    rows, cols = b.lookup(used).dims
+    where = tuple(out[:-1])
+    value = ex.mul(ex.call("eq", ex.x(1), ex.index(rows)), ex.x(0))
+    return b.map(
+        name, [(used, (rows, out[-1])), (ids, where)], tuple(out), value,
+        attrs={"onehot": "take", "along": rows},
+    )  # fmt: skip
+
+
+def cross_entropy(b: Builder, logits: str, targets: str, name: str = "loss") -> str:
+    """Mean over positions of logsumexp(logits) − logits[target]; the last dimension is V."""
+    t = b.lookup(logits)
+    lead, classes = t.dims[:-1], t.dims[-1]
+    positions = 1
+    for size in t.shape[:-1]:
+        positions *= size
+    top = b.map(
+        f"{name}.max", [(logits, t.dims)], lead, ex.x(0), dtype="f32", combiner="max",
+        attrs={"stop": True},
+    )  # fmt: skip
+    total = b.map(
+        f"{name}.sumexp", [(logits, t.dims), (top, lead)], lead,
+        ex.call("exp", ex.sub(ex.x(0), ex.x(1))), dtype="f32",
+    )  # fmt: skip
+    picked = b.map(
+        f"{name}.picked", [(logits, t.dims), (targets, lead)], lead,
+        ex.mul(ex.call("eq", ex.x(1), ex.index(classes)), ex.x(0)), dtype="f32",
+    )  # fmt: skip
+    value = ex.sub(ex.add(ex.call("log", ex.x(0)), ex.x(1)), ex.x(2))
+    scaled = ex.div(value, ex.c(positions))
+    return b.map(
+        name, [(total, lead), (top, lead), (picked, lead)], (), scaled, dtype="f32"
+    )
