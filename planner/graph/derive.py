@@ -1,0 +1,485 @@
+"""From a forward graph to a whole training step: backward pass, rematerialisation, update.
+
+Reverse-mode differentiation over nodes and loops. A loop's backward loop runs reversed over
+the saved stacks; what the remat policy does not save is recomputed in the backward body by
+copies of the forward ops (`origin` names the op they repeat). Gradients of single ops are in
+`vjp.py`, update rules in `optimizers.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from planner.graph import expr as ex
+from planner.graph.builder import Builder, contraction_sizes
+from planner.graph.core import Carry, Graph, Loop, Node, Op, Stack, Tensor
+from planner.graph.fuse import fuse_graph, fuse_nodes
+from planner.graph.optimizers import update
+from planner.graph.vjp import VJPS, add_up
+from planner.model import Model, Training
+
+AGAIN = "~"  # suffix of a recomputed tensor
+
+
+def training_step(model: Model) -> Graph:
+    """The step's graph: inputs → loss, new parameters and states (aliased to the old ones)."""
+    forward = fuse_graph(model.graph)
+    settings = model.training
+    outer = _fresh_builder(settings)
+    steps = settings.accumulation_steps
+    if steps == 1:
+        scope = outer
+        for name in forward.inputs:
+            _declare_input(scope, forward.tensors[name])
+    else:
+        scope = outer.repeat("accumulate", steps)
+        scope.prefix = ""  # tensors keep the names of the model
+        for name in forward.inputs:
+            _declare_accumulated_input(outer, scope, forward.tensors[name], steps)
+    loss, gradients = _differentiate(scope, forward, settings)
+    if steps > 1:
+        loss, gradients = _close_accumulation(outer, scope, loss, gradients, steps)
+    aliases: dict[str, str] = {}
+    outer.phase = "update"
+    for name, gradient in gradients.items():
+        aliases.update(update(outer, settings, name, gradient))
+    outer.nodes = list(fuse_nodes(outer.nodes, outer.tensors, keep={loss, *aliases}))
+    used = _referenced(outer.nodes)
+    tensors = {n: t for n, t in outer.tensors.items() if n in used or n in outer.inputs}
+    return Graph(tensors, tuple(outer.nodes), tuple(outer.inputs), (loss, *aliases), aliases)
+
+
+def _fresh_builder(settings: Training) -> Builder:
+    return Builder(settings.compute, settings.params)
+
+
+def _declare_input(b: Builder, tensor: Tensor) -> None:
+    b._names.add(tensor.name)
+    b.inputs.append(tensor.name)
+    b.declare(tensor)
+
+
+def _declare_accumulated_input(outer: Builder, scope: Builder, t: Tensor, steps: int) -> None:
+    """Parameters are shared by all microbatches; data inputs are stacked, one slice each."""
+    if t.role == "parameter":
+        _declare_input(outer, t)
+        scope.shared[t.name] = None
+        return
+    stacked = replace(t, name=f"{t.name}.all", shape=(steps, *t.shape), dims=("micro", *t.dims))
+    _declare_input(outer, stacked)
+    scope.declare(t)
+    scope.reads.append(Stack(stacked.name, t.name))
+
+
+def _close_accumulation(
+    outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], steps: int
+) -> tuple[str, dict[str, str]]:
+    """Gradients (and the loss) become carried sums over the microbatches, then means."""
+    carries = []
+    for name in (loss, *gradients.values()):
+        tensor = scope.lookup(name)
+        zero = outer.map(
+            f"{name}.zero", [], tensor.dims, ex.c(0), dtype="f32",
+            sizes=dict(zip(tensor.dims, tensor.shape, strict=True)),
+        )  # fmt: skip
+        entry = scope.declare(replace(outer.lookup(zero), name=scope.unique(f"{name}.acc")))
+        value = ex.add(ex.x(0), ex.div(ex.x(1), ex.c(steps)))
+        exit_ = scope.map(
+            f"{name}.sum", [(entry, tensor.dims), (name, tensor.dims)], tensor.dims, value,
+            dtype="f32",
+        )  # fmt: skip
+        carries.append((zero, entry, exit_))
+    nodes = fuse_nodes(
+        scope.nodes, scope.tensors, keep={n for _, entry, e in carries for n in (entry, e)}
+    )
+    scope.nodes = list(nodes)
+    scope.prefix = "accumulate."
+    results = scope.end_repeat(carries)
+    return results[0], dict(zip(gradients, results[1:], strict=True))
+
+
+def _referenced(nodes: Iterable[Node]) -> set[str]:
+    found: set[str] = set()
+    for node in nodes:
+        found.update(node.ins)
+        found.update(node.outs)
+    return found
+
+
+def _differentiate(b: Builder, forward: Graph, settings: Training) -> tuple[str, dict[str, str]]:
+    """Emits forward and backward nodes into `b`; returns the loss and parameter gradients."""
+    for name, tensor in forward.tensors.items():
+        if name not in forward.inputs:
+            b._names.add(name)
+            b.declare(tensor)
+    for body in _bodies(forward.nodes):
+        b_root = b if b.parent is None else b.parent
+        b_root._names.update(body.tensors)
+    loss = forward.outputs[0]
+    targets = [n for n in forward.inputs if forward.tensors[n].role == "parameter"]
+    backward = Backward(settings.remat, b, forward.nodes, dict.fromkeys(targets))
+    b.phase = "backward"
+    b.nodes = []
+    one = b.map("loss.one", [], (), ex.c(1), dtype="f32")
+    backward.add(loss, one)
+    backward.run()
+    gradients = {n: backward.take(n) for n in targets}
+    back_nodes = b.nodes
+    b.nodes = [backward.augmented.get(node.name, node) for node in forward.nodes]
+    keep = {loss, *(g for g in gradients.values() if g)}
+    b.nodes += fuse_nodes(back_nodes, b.tensors, keep=keep)
+    return loss, {n: g for n, g in gradients.items() if g is not None}
+
+
+def _bodies(nodes: Iterable[Node]) -> Iterable[Graph]:
+    for node in nodes:
+        if isinstance(node, Loop):
+            yield node.body
+            yield from _bodies(node.body.nodes)
+
+
+@dataclass
+class Backward:
+    """Reverse pass over the nodes of one scope, emitting into builder `b`."""
+
+    policy: str
+    b: Builder
+    nodes: Sequence[Node]
+    roots: dict[str, None]  # tensors of this scope whose gradients somebody wants
+    parts: dict[str, list[str]] = field(default_factory=dict)
+    augmented: dict[str, Loop] = field(default_factory=dict)
+    differentiable: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.differentiable = set(self.roots)
+        for node in self.nodes:
+            if self.differentiable & set(node.ins) and not _stopped(node):
+                floats = [o for o in node.outs if self.b.lookup(o).dtype[0] in "bf"]
+                self.differentiable.update(floats)
+
+    def add(self, tensor: str, cotangent: str) -> None:
+        self.parts.setdefault(tensor, []).append(cotangent)
+
+    def take(self, tensor: str) -> str | None:
+        """The summed cotangent of `tensor`, or None if nothing depends on it."""
+        parts = self.parts.pop(tensor, [])
+        return add_up(self.b, f"{tensor}.grad", parts) if parts else None
+
+    def run(self) -> None:
+        for node in reversed(self.nodes):
+            found = {o: self.take(o) for o in node.outs if o in self.differentiable}
+            cotangents = {o: g for o, g in found.items() if g is not None}
+            if not cotangents:
+                continue
+            if isinstance(node, Loop):
+                LoopBackward(self, node, cotangents).run()
+                continue
+            wanted = [j for j, name in enumerate(node.ins) if name in self.differentiable]
+            for j, name in VJPS[node.kind](self.b, node, cotangents, wanted).items():
+                if j in wanted:
+                    self.add(node.ins[j], name)
+
+
+def _stopped(node: Node) -> bool:
+    return isinstance(node, Op) and bool(node.attrs.get("stop"))
+
+
+@dataclass
+class LoopBackward:
+    """The backward loop of one loop, and the loop itself with the stacks it must now save."""
+
+    outer: Backward
+    loop: Loop
+    cotangents: Mapping[str, str]
+
+    def run(self) -> None:
+        loop, outer = self.loop, self.outer
+        body = loop.body
+        scope = outer.b.repeat(loop.name.rpartition(".")[2] + ".bwd", loop.times)
+        scope.prefix = ""
+        for tensor in body.tensors.values():
+            scope.declare(tensor)
+        wanted_reads = [s for s in loop.reads if s.outer in outer.differentiable]
+        wanted_shared = [s for s in loop.shared if s in outer.differentiable]
+        roots = [k.entry for k in loop.carries] + [s.inner for s in wanted_reads] + wanted_shared
+        inner = Backward(outer.policy, scope, body.nodes, dict.fromkeys(roots))
+        carries = self._seed(scope, inner)
+        inner.run()
+        self._close(scope, inner, carries, wanted_reads, wanted_shared)
+
+    def _seed(self, scope: Builder, inner: Backward) -> dict[str, tuple[str, str]]:
+        """Cotangents of the carries enter the body: entry name → (outer init, inner entry)."""
+        entries = {}
+        for carry in self.loop.carries:
+            if self.outer.b.lookup(carry.result).dtype[0] not in "bf":
+                continue
+            init = self.cotangents.get(carry.result) or _zeros(self.outer.b, carry.result)
+            like = self.outer.b.lookup(init)
+            name = scope.unique(f"{carry.exit}.grad.in")
+            dims = scope.lookup(carry.exit).dims
+            scope.declare(replace(like, name=name, dims=dims, role="activation"))
+            inner.add(carry.exit, name)
+            entries[carry.entry] = (init, name)
+        return entries
+
+    def _close(
+        self,
+        scope: Builder,
+        inner: Backward,
+        carries: Mapping[str, tuple[str, str]],
+        wanted_reads: Sequence[Stack],
+        wanted_shared: Sequence[str],
+    ) -> None:
+        outer = self.outer
+        loop_carries: list[Carry] = []
+        for entry, (init, name) in carries.items():
+            exit_ = inner.take(entry) or _zeros(scope, entry)
+            exit_ = _own(scope, exit_, name)
+            loop_carries.append(self._carry(init, name, exit_, f"{entry}.grad.out"))
+        for shared in wanted_shared:
+            gradient = inner.take(shared)
+            if gradient is not None:
+                loop_carries.append(self._accumulate(scope, shared, gradient))
+        writes = []
+        for stack in wanted_reads:
+            gradient = inner.take(stack.inner)
+            if gradient is not None:
+                writes.append(self._write(scope, stack, _own(scope, gradient, "")))
+        keep = {k.exit for k in loop_carries} | {w.inner for w in writes}
+        nodes = list(fuse_nodes(scope.nodes, scope.tensors, keep=keep))
+        saved = Saved(self.loop, inner, outer.b, scope)
+        recomputed, rename, reads, shared = saved.resolve(nodes)
+        nodes = recomputed + [rename_node(n, rename) for n in nodes]
+        tensors = _tensors_of(nodes, scope, rename, reads, loop_carries)
+        self._emit(nodes, tensors, loop_carries, reads, writes, shared)
+        outer.augmented[self.loop.name] = replace(
+            self.loop, writes=(*self.loop.writes, *saved.writes)
+        )
+
+    def _emit(
+        self,
+        nodes: Sequence[Node],
+        tensors: Mapping[str, Tensor],
+        carries: Sequence[Carry],
+        reads: Sequence[Stack],
+        writes: Sequence[Stack],
+        shared: Sequence[str],
+    ) -> None:
+        b = self.outer.b
+        body = Graph(tensors, tuple(nodes))
+        b.nodes.append(
+            Loop(
+                f"{self.loop.name}.bwd", self.loop.times, body, tuple(carries), tuple(reads),
+                tuple(writes), tuple(shared), reverse=not self.loop.reverse, phase="backward",
+            )  # fmt: skip
+        )
+        for name in shared:
+            b.lookup(name)
+        for carry, forward in zip(carries, self._carried(carries), strict=True):
+            self.outer.add(forward, carry.result)
+        for write in writes:
+            source = write.outer.removesuffix(".grad")
+            self.outer.add(source, write.outer)
+
+    def _carried(self, carries: Sequence[Carry]) -> list[str]:
+        """The outer forward tensor whose cotangent each backward carry holds."""
+        entries = {f"{k.entry}.grad.out": k.init for k in self.loop.carries}
+        return [
+            next((init for key, init in entries.items() if c.result.startswith(key)), None)
+            or c.result.removesuffix(".grad.out")
+            for c in carries
+        ]
+
+    def _carry(self, init: str, entry: str, exit_: str, result: str) -> Carry:
+        b = self.outer.b
+        full = b.unique(result)
+        b.declare(replace(b.lookup(init), name=full))
+        return Carry(init, entry, exit_, full)
+
+    def _accumulate(self, scope: Builder, shared: str, gradient: str) -> Carry:
+        """A tensor read whole by every iteration: its gradients are summed in a carry."""
+        b = self.outer.b
+        tensor = scope.lookup(gradient)
+        init = _zeros(b, gradient, tensor)
+        entry = scope.declare(replace(tensor, name=scope.unique(f"{gradient}.acc")))
+        labels = tensor.dims
+        total = scope.map(
+            f"{gradient}.sum", [(entry, labels), (gradient, labels)], labels,
+            ex.add(ex.x(0), ex.x(1)), dtype=tensor.dtype,
+        )  # fmt: skip
+        return self._carry(init, entry, total, f"{shared}.grad.out")
+
+    def _write(self, scope: Builder, stack: Stack, gradient: str) -> Stack:
+        b = self.outer.b
+        outer = b.lookup(stack.outer)
+        name = b.unique(f"{stack.outer}.grad")
+        b.declare(
+            Tensor(name, outer.shape, scope.lookup(gradient).dtype, outer.dims, "gradient")
+        )
+        return Stack(name, gradient)
+
+
+def _own(scope: Builder, name: str, entry: str) -> str:
+    """A tensor that leaves the loop must be made in it and not be another carry's entry."""
+    made = {o for node in scope.nodes for o in node.outs}
+    if name in made:
+        return name
+    return scope.cast(name, scope.lookup(name).dtype, f"{name}.out")
+
+
+def _zeros(b: Builder, like: str, tensor: Tensor | None = None) -> str:
+    t = tensor or b.lookup(like)
+    sizes = dict(zip(t.dims, t.shape, strict=True))
+    return b.map(f"{like}.zeros", [], t.dims, ex.c(0), dtype=t.dtype, sizes=sizes)
+
+
+@dataclass
+class Saved:
+    """Decides which forward tensors of a loop body are stacked for the backward body."""
+
+    loop: Loop
+    inner: Backward
+    outer: Builder
+    scope: Builder
+    writes: list[Stack] = field(default_factory=list)
+
+    def resolve(
+        self, nodes: Sequence[Node]
+    ) -> tuple[list[Node], dict[str, str], list[Stack], list[str]]:
+        """(recomputed nodes, renamings, stacks read, outer tensors shared) of the body."""
+        body = self.loop.body
+        producers = {o: n for n in body.nodes for o in n.outs}
+        entries = {k.entry for k in self.loop.carries}
+        slices = {s.inner: s for s in self.loop.reads}
+        cheap = self._parameter_only(slices)
+        made = {o for n in nodes for o in n.outs}
+        pending = [i for n in nodes for i in n.ins if i not in made]
+        needed: set[str] = set()
+        reads: dict[str, Stack] = {}
+        rename: dict[str, str] = {}
+        shared: dict[str, None] = {}
+        again: dict[str, Node] = {}
+        while pending:
+            name = pending.pop()
+            if name in needed:
+                continue
+            needed.add(name)
+            if name in slices:
+                rename[name] = name + AGAIN
+                reads[name] = Stack(slices[name].outer, name + AGAIN)
+            elif name in entries or (name in producers and self._saves(producers[name], cheap)):
+                rename[name] = name + AGAIN
+                reads[name] = Stack(self._stack(name), name + AGAIN)
+            elif name in producers:
+                again[producers[name].name] = producers[name]
+                pending.extend(self.inner.augmented.get(producers[name].name, producers[name]).ins)
+            elif name not in self.scope.tensors or name in self.loop.shared:
+                shared[name] = None
+        ordered = [n for n in body.nodes if n.name in again]
+        for node in ordered:
+            augmented = self.inner.augmented.get(node.name, node)
+            rename.update({o: o + AGAIN for o in augmented.outs})
+        copies = [
+            _recompute(self.inner.augmented.get(n.name, n), rename) for n in ordered
+        ]
+        return copies, rename, list(reads.values()), list(shared)
+
+    def _parameter_only(self, slices: Mapping[str, Stack]) -> set[str]:
+        """Tensors computed from parameters alone: recomputing them costs no activations."""
+        found = set(slices) | set(self.loop.shared)
+        found = {n for n in found if self.scope.lookup(n).role == "parameter"}
+        for node in self.loop.body.nodes:
+            if node.ins and all(i in found for i in node.ins):
+                found.update(node.outs)
+        return found
+
+    def _saves(self, producer: Node, cheap: set[str]) -> bool:
+        if isinstance(producer, Loop) or set(producer.outs) <= cheap:
+            return False
+        policy = self.inner.policy
+        if policy == "none":
+            return True
+        if policy == "dots":
+            return contraction_sizes(producer) is not None and any(i in cheap for i in producer.ins)
+        if policy == "attention":
+            return not _attention_core(producer)
+        return False
+
+    def _stack(self, name: str) -> str:
+        """The stacked outer copy of a body tensor, declared on first use."""
+        t = self.loop.body.tensors[name]
+        stack = f"{name}.saved"
+        if stack not in self.outer.tensors:
+            shape = (self.loop.times, *t.shape)
+            self.outer.declare(Tensor(stack, shape, t.dtype, ("layers", *t.dims), "residual"))
+            self.writes.append(Stack(stack, name))
+        return stack
+
+
+def _attention_core(op: Op) -> bool:
+    """Scores, softmax pieces and probabilities: what has both query and key positions."""
+    names = {f.name for f in op.rule.factors}
+    return {"S", "T"} <= names and not (
+        contraction_sizes(op) is not None and "T" not in op.attrs.get("kept", ("T",))
+    )
+
+
+def _recompute(node: Node, rename: Mapping[str, str]) -> Node:
+    copy = rename_node(node, rename)
+    if isinstance(copy, Op):
+        return replace(copy, phase="recompute", origin=node.name)
+    return _recompute_loop(copy)
+
+
+def _recompute_loop(loop: Loop) -> Loop:
+    """Every name inside a recomputed inner loop gets the suffix, so that names stay unique."""
+    own = {n: n + AGAIN for n in loop.body.tensors}
+    nodes = tuple(_recompute(n, own) for n in loop.body.nodes)
+    tensors = {own[n]: replace(t, name=own[n]) for n, t in loop.body.tensors.items()}
+    return replace(
+        loop, body=Graph(tensors, nodes), phase="recompute",
+        carries=tuple(Carry(k.init, own[k.entry], own[k.exit], k.result) for k in loop.carries),
+        reads=tuple(Stack(s.outer, own[s.inner]) for s in loop.reads),
+        writes=tuple(Stack(s.outer, own[s.inner]) for s in loop.writes),
+    )  # fmt: skip
+
+
+def rename_node(node: Node, names: Mapping[str, str]) -> Node:
+    """`node` with its tensor names (and so its own name) replaced."""
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    if isinstance(node, Op):
+        outs = tuple(new(o) for o in node.outs)
+        name = outs[0] if node.outs[0] in names else node.name
+        return replace(node, name=name, ins=tuple(new(i) for i in node.ins), outs=outs)
+    return replace(
+        node,
+        name=node.name + (AGAIN if any(o in names for o in node.outs) else ""),
+        carries=tuple(
+            Carry(new(k.init), k.entry, k.exit, new(k.result)) for k in node.carries
+        ),
+        reads=tuple(Stack(new(s.outer), s.inner) for s in node.reads),
+        writes=tuple(Stack(new(s.outer), s.inner) for s in node.writes),
+        shared=tuple(new(s) for s in node.shared),
+    )
+
+
+def _tensors_of(
+    nodes: Sequence[Node],
+    scope: Builder,
+    rename: Mapping[str, str],
+    reads: Sequence[Stack],
+    carries: Sequence[Carry],
+) -> dict[str, Tensor]:
+    """The tensors that the backward body itself holds."""
+    back = {new: old for old, new in rename.items()}
+    names = {o for n in nodes for o in n.outs}
+    names |= {s.inner for s in reads} | {k.entry for k in carries}
+    found = {}
+    for name in sorted(names):
+        t = scope.lookup(back.get(name, name))
+        found[name] = replace(t, name=name)
+    return found
