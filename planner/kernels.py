@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from planner import structural_kernels, window_kernels
 from planner.graph import expr as ex
 from planner.graph.core import Op
 
@@ -94,4 +95,8 @@ def _scatter(op: Op, args: Sequence[Array], offsets: Offsets) -> Array:
     return out
 
 
-EVALUATORS: dict[str, Evaluator] = {"map": _map}
+EVALUATORS: dict[str, Evaluator] = {
+    "map": _map,
+    **structural_kernels.EVALUATORS,
+    **window_kernels.EVALUATORS,
+}

@@ -326,7 +326,14 @@ def linear_groups(
 
 
 def contraction_sizes(op: Op) -> tuple[int, int, int, int] | None:
-    """(batch, m, n, k) if `op` is a matmul (a sum of products of two operands), else None."""
+    """(batch, m, n, k) if `op` is a matmul (a sum of products of two operands), else None.
+
+    Convolutions and their gradients count every tap of every output point, taps in the padding
+    too, as XLA does: 2·b·m·n·k = 2 · batch · outputs · taps · channels in · channels out.
+    """
+    if "matmul" in op.attrs:
+        b, m, n, k = (prod(op.rule.factors[i].size for i in s) for s in op.attrs["matmul"])
+        return b, m, n, k
     if op.kind != "map" or op.rule.combiner != "sum" or len(op.ins) != 2:
         return None
     factors = op.rule.factors

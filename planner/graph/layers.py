@@ -6,15 +6,19 @@ Nothing here knows sharding: what a layer may do on a mesh follows from its prim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import prod
 
 from planner.graph import expr as ex
-from planner.graph.builder import Builder, GraphError
+from planner.graph.builder import Builder, GraphError, distinct
+from planner.graph.structural import reshape
 
 NORM_EPSILON = 1e-6  # the usual default of T5- and Llama-style norms
 MASKED = -1e30  # large enough to vanish in exp(), finite in bf16
 
 
-def layer_norm(b: Builder, value: str, scale: str, bias: str | None = None, name: str = "ln") -> str:
+def layer_norm(
+    b: Builder, value: str, scale: str, bias: str | None = None, name: str = "ln"
+) -> str:
     """(x − mean) · rsqrt(var + ε) · scale [+ bias] over the last dimension."""
     t = b.lookup(value)
     last, n = t.dims[-1], t.shape[-1]
@@ -41,6 +45,61 @@ def rms_norm(b: Builder, value: str, scale: str, name: str = "norm") -> str:
     mean = ex.add(ex.div(ex.x(1), ex.c(n)), ex.c(NORM_EPSILON))
     out = ex.mul(ex.mul(ex.x(0), ex.call("rsqrt", mean)), ex.x(2))
     operands = [(value, t.dims), (squares, lead), (b.use(scale), (last,))]
+    return b.map(name, operands, t.dims, out)
+
+
+def group_norm(
+    b: Builder, value: str, scale: str, bias: str | None, groups: int, name: str = "gn"
+) -> str:
+    """Normalises every example over its spatial dimensions and groups of channels (Wu & He 2018).
+
+    value: [B, spatial…, C]; scale, bias: [C].
+    """
+    t = b.lookup(value)
+    channels = t.shape[-1]
+    if groups < 1 or channels % groups:
+        raise GraphError(f"{name}: {channels} channels do not divide into {groups} groups")
+    labels = distinct((*t.dims[:-1], "groups", t.dims[-1]))
+    split = (groups, channels // groups)
+    grouped = reshape(b, value, (*t.shape[:-1], *split), labels, f"{name}.grouped")
+    affine = [
+        reshape(b, p, split, labels[-2:], f"{name}.{what}")
+        for p, what in ((scale, "scale"), (bias, "bias"))
+        if p is not None
+    ]
+    unit = _standardised(b, grouped, (labels[0], labels[-2]), affine, labels[-2:], name)
+    return reshape(b, unit, t.shape, t.dims, f"{name}.merged")
+
+
+def batch_norm(
+    b: Builder, value: str, scale: str, bias: str | None, name: str = "bn"
+) -> str:
+    """Normalises every channel (last dimension) over all examples and positions of the batch.
+
+    Training mode (Ioffe & Szegedy 2015); running averages are not kept: they cost nothing next
+    to the activations. value: [B, spatial…, C]; scale, bias: [C].
+    """
+    labels = b.lookup(value).dims
+    affine = [b.use(p) for p in (scale, bias) if p is not None]
+    return _standardised(b, value, labels[-1:], affine, labels[-1:], name)
+
+
+def _standardised(
+    b: Builder, value: str, kept: Sequence[str], affine: Sequence[str], along: Sequence[str],
+    name: str,
+) -> str:  # fmt: skip
+    """(x − mean) · rsqrt(var + ε) [· scale [+ bias]], statistics over all dimensions not `kept`."""
+    t = b.lookup(value)
+    n = prod(size for size, d in zip(t.shape, t.dims, strict=True) if d not in kept)
+    pairs = [(value, t.dims)]
+    total = b.map(f"{name}.sum", pairs, kept, ex.x(0), dtype="f32")
+    squares = b.map(f"{name}.sumsq", pairs, kept, ex.square(ex.x(0)), dtype="f32")
+    mean = ex.div(ex.x(1), ex.c(n))
+    var = ex.sub(ex.div(ex.x(2), ex.c(n)), ex.square(mean))
+    out = ex.mul(ex.sub(ex.x(0), mean), ex.call("rsqrt", ex.add(var, ex.c(NORM_EPSILON))))
+    for i, combine in zip(range(len(affine)), (ex.mul, ex.add), strict=False):
+        out = combine(out, ex.x(3 + i))
+    operands = [*pairs, (total, kept), (squares, kept), *((p, along) for p in affine)]
     return b.map(name, operands, t.dims, out)
 
 
@@ -90,7 +149,7 @@ def attention(
 def embedding(b: Builder, table: str, ids: str, out: Sequence[str], name: str = "embed") -> str:
     """table[ids]: [V, D] and integer ids [...] → [..., D]; a one-hot product over V."""
     used = b.use(table)
-    rows, cols = b.lookup(used).dims
+    rows, _ = b.lookup(used).dims
     where = tuple(out[:-1])
     value = ex.mul(ex.call("eq", ex.x(1), ex.index(rows)), ex.x(0))
     return b.map(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from planner.graph import expr as ex
+from planner.graph import structural, windows
 from planner.graph.builder import Builder, Operand
 from planner.graph.core import Op
 
@@ -92,7 +93,7 @@ def _softmax_vjp(b: Builder, op: Op, g: str) -> dict[int, str]:
     }
 
 
-VJPS: dict[str, Vjp] = {"map": map_vjp}
+VJPS: dict[str, Vjp] = {"map": map_vjp, **structural.VJPS, **windows.VJPS}
 
 
 def add_up(b: Builder, name: str, parts: Sequence[str]) -> str:
