@@ -152,7 +152,8 @@ class Builder:
         `operands` are (tensor, factor labels) pairs, `out` the labels of the result; a tuple of
         expressions gives several results of the same shape. Returns the first result's name.
         """
-        values = [value] if isinstance(value[0], str) else list(value)
+        several = not isinstance(value[0], str)
+        values: list[ex.Expr] = [tuple(v) for v in value] if several else [tuple(value)]
         found = self._factor_sizes(name, operands, out, sizes or {})
         labels = list(dict.fromkeys([*out, *found]))
         number = {label: i for i, label in enumerate(labels)}
@@ -237,7 +238,9 @@ class Builder:
         if len(set(widest.dims)) != len(widest.dims):
             raise GraphError(f"{name}: '{widest.name}' has two dimensions of the same name")
         rank = len(widest.shape)
-        pairs = [(o, widest.dims[rank - len(t.shape) :]) for o, t in zip(used, tensors, strict=True)]
+        pairs = [
+            (o, widest.dims[rank - len(t.shape) :]) for o, t in zip(used, tensors, strict=True)
+        ]
         return self.map(name, pairs, widest.dims, value, dtype=dtype or self.compute)
 
     def cast(self, operand: str, dtype: str, name: str = "cast") -> str:
@@ -343,6 +346,8 @@ def contraction_sizes(op: Op) -> tuple[int, int, int, int] | None:
     if product is None or sorted(product) != [0, 1]:
         return None
     sides = [{i for dim in dims for i in dim} for dims in op.rule.ins]
+    if sides[0] == sides[1]:
+        return None  # an elementwise product summed up: work of the vector unit
     sizes = {"b": 1, "m": 1, "n": 1, "k": 1}
     for i, factor in enumerate(factors):
         left, right = i in sides[0], i in sides[1]

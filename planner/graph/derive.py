@@ -249,10 +249,10 @@ class LoopBackward:
         keep = {k.exit for k in loop_carries} | {w.inner for w in writes}
         nodes = list(fuse_nodes(scope.nodes, scope.tensors, keep=keep))
         saved = Saved(self.loop, inner, outer.b, scope)
-        recomputed, rename, reads, shared = saved.resolve(nodes)
+        recomputed, rename, reads, passed = saved.resolve(nodes)
         nodes = recomputed + [rename_node(n, rename) for n in nodes]
         tensors = _tensors_of(nodes, scope, rename, reads, loop_carries)
-        self._emit(nodes, tensors, loop_carries, reads, writes, shared)
+        self._emit(nodes, tensors, loop_carries, reads, writes, passed)
         outer.augmented[self.loop.name] = replace(
             self.loop, writes=(*self.loop.writes, *saved.writes)
         )
@@ -272,7 +272,7 @@ class LoopBackward:
             Loop(
                 f"{self.loop.name}.bwd", self.loop.times, body, tuple(carries), tuple(reads),
                 tuple(writes), tuple(shared), reverse=not self.loop.reverse, phase="backward",
-            )  # fmt: skip
+            )
         )
         for name in shared:
             b.lookup(name)

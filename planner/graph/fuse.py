@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, linear_groups
-from planner.graph.core import Factor, Graph, Loop, Node, Op, Rule, Tensor
+from planner.graph.core import Dims, Factor, Graph, Loop, Node, Op, Rule, Tensor
 
 MAX_OPERANDS = 10  # a fused op reads at most this many arrays
 
@@ -109,7 +109,7 @@ def _merge(producer: Op, reader: Op) -> Op | None:
     if any(i not in to_reader for dims in own.ins for dim in dims for i in dim):
         return None
     kept = [(t, d) for t, d in zip(reader.ins, reader.rule.ins, strict=True) if t != name]
-    added = [
+    added: list[tuple[str, Dims]] = [
         (t, tuple((to_reader[dim[0]],) for dim in dims))
         for t, dims in zip(producer.ins, own.ins, strict=True)
     ]
@@ -130,7 +130,7 @@ def _merge(producer: Op, reader: Op) -> Op | None:
 
 
 def _rebuilt(
-    reader: Op, operands: Sequence[tuple[str, tuple[tuple[int, ...], ...]]], exprs: tuple[ex.Expr, ...]
+    reader: Op, operands: Sequence[tuple[str, Dims]], exprs: tuple[ex.Expr, ...]
 ) -> Op:
     rule = reader.rule
     factors: tuple[Factor, ...] = rule.factors

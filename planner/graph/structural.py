@@ -73,8 +73,9 @@ def reshape_rule(
         left, right = (side.left for side in sides)
         common = gcd(left, right)
         if common > 1:
-            label = sides[0].label if sides[0].left == common else sides[1].label
-            number = found.add(label, common)
+            # Named after the dimension that is just this factor, if there is one.
+            named = sides[0] if sides[0].shape[sides[0].at] == common else sides[1]
+            number = found.add(named.label, common)
             for side in sides:
                 side.take(number, common)
         if left != common and right != common:

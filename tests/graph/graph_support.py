@@ -233,7 +233,9 @@ CASES: dict[str, Callable[[Builder], str]] = {
         IMAGE, "B H W C", lambda b, x: windows.avg_pool(b, x, window=2, padding="same")
     ),
     "global_avg_pool": on_param(IMAGE, "B H W C", windows.global_avg_pool),
-    "upsample": on_param((2, 2, 3, 2), "B H W C", lambda b, x: windows.upsample(b, x, factor=(2, 3))),
+    "upsample": on_param(
+        (2, 2, 3, 2), "B H W C", lambda b, x: windows.upsample(b, x, factor=(2, 3))
+    ),
     "reshape": on_param(
         (2, 6, 4), "B S D", lambda b, x: structural.reshape(b, x, (4, 3, -1), ("P", "Q", "R"))
     ),
@@ -265,7 +267,7 @@ CASES: dict[str, Callable[[Builder], str]] = {
 }
 
 
-# ---- what is checked ------------------------------------------------------------------------------
+# ---- what is checked ----------------------------------------------------------------------------
 
 
 def gradients(step: Graph, inputs: Arrays) -> Arrays:
@@ -310,7 +312,9 @@ def executed(graph: Graph, inputs: Arrays, monkeypatch: Any) -> list[tuple[Op, l
     return list(seen.values())
 
 
-def cut(array: np.ndarray, dims: Dims, sizes: Sequence[int], factor: int, piece: slice) -> np.ndarray:
+def cut(
+    array: np.ndarray, dims: Dims, sizes: Sequence[int], factor: int, piece: slice
+) -> np.ndarray:
     """The part of `array` at `piece` of one factor; whole if its dimensions lack the factor."""
     at = next((i for i, dim in enumerate(dims) if factor in dim), None)
     if at is None:

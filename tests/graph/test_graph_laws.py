@@ -157,7 +157,7 @@ def test_maps_of_any_expression(data: st.DataObject) -> None:
     check_rule(op, random_args(b, op, 0))
 
 
-# ---- the checks can fail --------------------------------------------------------------------------
+# ---- the checks can fail ------------------------------------------------------------------------
 
 
 def test_a_wrong_rule_is_found() -> None:
