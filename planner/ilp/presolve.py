@@ -1,0 +1,84 @@
+"""Exact presolve: applies the reductions until none of them changes anything.
+
+Only the order of the rules belongs here; each rule lives in a `presolve_*` module. Cheap
+rules (one edge) run to a fixed point before dear ones (comparing strategies).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from planner.ilp.presolve_dominance import drop_dominated, forbid_pairs
+from planner.ilp.presolve_edges import drop_infinite, reduce_edge
+from planner.ilp.presolve_elimination import eliminate
+from planner.ilp.problem import Matrix
+from planner.ilp.work import Work
+
+Edges = dict[tuple[int, int], Matrix]
+ROUNDS = 20
+"""Rounds of trimming time and starting over; each needs the one before to have helped."""
+
+
+def presolve(work: Work, *, out_of_time: Callable[[], bool] = lambda: False) -> None:
+    """Shrinks `work` in place. Raises Infeasible when it proves that nothing fits."""
+    seen: Edges = {}
+    paired: dict[int, int] = {}
+    for _ in range(ROUNDS):
+        work.trim_time()
+        work.drop_crowded()
+        if not work.dirty:
+            break
+        _shrink(work, seen, out_of_time)
+        _forbid(work, paired, out_of_time)
+        if out_of_time():
+            break
+
+
+def _shrink(work: Work, seen: Edges, out_of_time: Callable[[], bool]) -> None:
+    """Edge rules first, then dominance and elimination, until no node is dirty."""
+    waiting: set[int] = set()
+    while work.dirty or waiting:
+        if work.dirty:
+            batch = sorted(work.dirty)
+            work.dirty.clear()
+            for n in batch:
+                if work.present[n]:
+                    waiting.add(n)
+                    _cheap(work, n, seen)
+            continue
+        if out_of_time():
+            return
+        batch, waiting = sorted(waiting), set()
+        for n in batch:
+            if work.present[n] and not eliminate(work, n):
+                drop_dominated(work, n)
+
+
+def _cheap(work: Work, n: int, seen: Edges) -> None:
+    """Rules that look at one node or one edge."""
+    if drop_infinite(work, n):
+        return
+    if work.size(n) == 1:
+        work.settle(n, 0)
+        return
+    for m in list(work.adj[n]):
+        key = (n, m) if n < m else (m, n)
+        cost = work.adj[key[0]].get(key[1])
+        if cost is None or seen.get(key) is cost:
+            continue
+        if reduce_edge(work, *key):
+            work.dirty.update(k for k in key if work.present[k])
+            return
+        seen[key] = cost
+
+
+def _forbid(work: Work, paired: dict[int, int], out_of_time: Callable[[], bool]) -> None:
+    """Dominated pairs; nodes whose surroundings did not change are skipped."""
+    for n in work.nodes():
+        if out_of_time():
+            return
+        state = hash((id(work.costs[n]), *(id(c) for c in work.adj[n].values())))
+        if paired.get(n) == state:
+            continue
+        forbid_pairs(work, n)
+        paired[n] = hash((id(work.costs[n]), *(id(c) for c in work.adj[n].values())))

@@ -1,0 +1,123 @@
+"""Reductions by comparison: a strategy (or a pair) never better than another is dropped.
+
+Only exchange arguments belong here. Strategy a dominates b at node n if swapping b for a
+never costs more, whatever the neighbours do, and never occupies more:
+
+    c[a] - c[b] + Σ_edges max_l (E[a, l] - E[b, l]) ≤ 0   and   use[a] ≤ use[b] on every span.
+
+The same with one edge held at a given l forbids the pair (b, l) instead of the strategy.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.ilp.problem import Matrix
+from planner.ilp.work import Ints, Work
+
+CHUNK_CELLS = 4_000_000
+"""Cells of the comparison cube computed at once (32 MB of float64)."""
+
+Mask = NDArray[np.bool_]
+
+
+def worst_change(cost: Matrix) -> Matrix:
+    """max over l of cost[a, l] - cost[b, l] for all a, b; what b forbids costs nothing."""
+    size, width = cost.shape
+    step = max(1, CHUNK_CELLS // max(1, size * width))
+    parts = []
+    with np.errstate(invalid="ignore"):
+        for at in range(0, size, step):
+            cube = cost[at : at + step, None, :] - cost[None, :, :]
+            parts.append(np.fmax.reduce(cube, axis=2))
+    change: Matrix = np.concatenate(parts)
+    return np.where(np.isnan(change), -np.inf, change)
+
+
+def no_more_use(work: Work, n: int) -> Mask:
+    """[a, b]: a occupies at most what b does, on every span."""
+    size = work.size(n)
+    fits = np.ones((size, size), dtype=bool)
+    for amount in work.uses[n].values():
+        fits &= amount[:, None] <= amount[None, :]
+    return fits
+
+
+def own_change(work: Work, n: int) -> Matrix:
+    """[a, b]: what swapping b for a changes in the node's own cost; inf where it uses more."""
+    cost = work.costs[n]
+    with np.errstate(invalid="ignore"):
+        change = cost[:, None] - cost[None, :]
+    return np.where(no_more_use(work, n) & ~np.isnan(change), change, np.inf)
+
+
+def drop_dominated(work: Work, n: int) -> bool:
+    """Removes dominated strategies of `n`; of equals the first stays. True if any went."""
+    if work.size(n) < 2:
+        return False
+    parts = {m: worst_change(cost) for m, cost in work.adj[n].items()}
+    change = _sum_without(own_change(work, n), parts, -1)
+    kept = undominated(change <= 0)
+    if len(kept) == work.size(n):
+        return False
+    work.keep(n, kept)
+    return True
+
+
+def undominated(beats: Mask) -> Ints:
+    """Indices that no other kept index beats, given a transitive relation [a, b]."""
+    beats = beats.copy()
+    np.fill_diagonal(beats, False)
+    candidates = np.flatnonzero(beats.any(axis=0))
+    alive = np.ones(len(beats), dtype=bool)
+    for b in candidates[::-1]:
+        if (beats[:, b] & alive).any():
+            alive[b] = False
+    return np.flatnonzero(alive)
+
+
+def forbid_pairs(work: Work, n: int) -> bool:
+    """Forbids pairs (b, l) on the edges of `n` that another (a, l) dominates."""
+    if work.size(n) < 2 or not work.adj[n]:
+        return False
+    own = own_change(work, n)
+    parts = {m: worst_change(cost) for m, cost in work.adj[n].items()}
+    changed = False
+    for m in list(parts):
+        rest = _sum_without(own, parts, m)
+        smaller = _forbid_on_edge(work.adj[n][m], rest)
+        if smaller is None:
+            continue
+        work.adj[n][m] = smaller
+        work.adj[m][n] = smaller.T
+        work.dirty.update((n, m))
+        parts[m] = worst_change(smaller)
+        changed = True
+    return changed
+
+
+def _sum_without(own: Matrix, parts: dict[int, Matrix], m: int) -> Matrix:
+    """Worst change over all edges but the one to `m`; inf wherever any part is."""
+    with np.errstate(invalid="ignore"):
+        total = own + sum((p for k, p in parts.items() if k != m), np.zeros_like(own))
+    return np.where(np.isnan(total), np.inf, total)
+
+
+def _forbid_on_edge(cost: Matrix, rest: Matrix) -> Matrix | None:
+    """The matrix with dominated pairs at inf, or None if there are none."""
+    hope = np.isfinite(rest)
+    np.fill_diagonal(hope, False)
+    if not hope.any():
+        return None
+    smaller: Matrix | None = None
+    for b in np.flatnonzero(hope.any(axis=0))[::-1]:
+        now = cost if smaller is None else smaller
+        others = np.flatnonzero(hope[:, b])
+        with np.errstate(invalid="ignore"):
+            better = now[others] + rest[others, b][:, None] <= now[b]
+        beaten = (better & np.isfinite(now[others])).any(axis=0) & np.isfinite(now[b])
+        if beaten.any():
+            smaller = cost.copy() if smaller is None else smaller
+            smaller[b, beaten] = np.inf
+    return smaller

@@ -1,0 +1,130 @@
+"""`solve`: one signature for every way of solving the sharding ILP.
+
+Only the choice of the way, and turning its result into an `Outcome`, belong here. Whatever a
+solver claims, the cost in the outcome is the plain evaluation of its choice.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from planner.ilp import elimination, exact, pulp_model
+from planner.ilp.evaluate import evaluate
+from planner.ilp.presolve import presolve
+from planner.ilp.problem import Outcome, Problem
+from planner.ilp.work import Infeasible, Ints, Work
+
+BACKENDS = ("auto", "cbc", "highs", "lns")
+Progress = Callable[[float, float], None]
+
+
+def solve(
+    problem: Problem, *, backend: str = "auto", time_limit: float | None = None,
+    work_limit: int | None = None, seed: int = 0, warm_start: Sequence[int] | None = None,
+    gap: float = 0.0, progress: Progress | None = None,
+) -> Outcome:  # fmt: skip
+    """Chooses a strategy per node: least cost, usages within the limit at all times.
+
+    `time_limit` is in seconds; without it the search stops on `work_limit` (branch-and-bound
+    nodes), which gives the same result every time. `progress` gets incumbent and bound.
+    Raises ValueError for an unknown backend or a malformed problem.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    check(problem)
+    begin = time.monotonic()
+    deadline = None if time_limit is None else begin + time_limit
+    if backend in ("cbc", "highs"):
+        found = pulp_model.search(problem, backend, time_limit, work_limit, warm_start, gap)
+    else:
+        found = _auto(problem, deadline, work_limit, seed, warm_start)
+    return _outcome(problem, found, warm_start, deadline, time.monotonic() - begin)
+
+
+def check(problem: Problem) -> None:
+    """Raises ValueError at the first shape, index or value that makes no sense."""
+    sizes = [len(c) for c in problem.costs]
+    for n, c in enumerate(problem.costs):
+        if np.ndim(c) != 1 or np.isnan(c).any() or (c == -np.inf).any():
+            raise ValueError(f"node {n}: costs must be a vector of numbers above -inf")
+    for k, e in enumerate(problem.edges):
+        if not (0 <= e.i < len(sizes) and 0 <= e.j < len(sizes)):
+            raise ValueError(f"edge {k}: no such node ({e.i}, {e.j})")
+        if np.shape(e.cost) != (sizes[e.i], sizes[e.j]):
+            expected = (sizes[e.i], sizes[e.j])
+            raise ValueError(f"edge {k}: expected shape {expected}, got {np.shape(e.cost)}")
+    for k, u in enumerate(problem.usages):
+        if not 0 <= u.node < len(sizes) or np.shape(u.amount) != (sizes[u.node],):
+            raise ValueError(f"usage {k}: node or shape does not match the problem")
+        if not (np.isfinite(u.amount).all() and np.min(u.amount, initial=0.0) >= 0):
+            raise ValueError(f"usage {k}: amounts must be finite and not negative")
+
+
+def _auto(
+    problem: Problem, deadline: float | None, work_limit: int | None, seed: int,
+    warm_start: Sequence[int] | None,
+) -> exact.Search:  # fmt: skip
+    try:
+        free = _without_memory(problem)
+        if free is not None and evaluate(problem, _full(free)).fits:
+            return free
+        return _with_memory(problem, deadline, work_limit, seed)
+    except Infeasible:
+        return exact.Search("infeasible", None, np.inf)
+
+
+def _full(found: exact.Search) -> Ints:
+    if found.choice is None:
+        raise ValueError("no choice was found")
+    return found.choice
+
+
+def _without_memory(problem: Problem) -> exact.Search | None:
+    """The optimum ignoring the limit, where elimination can do it: a bound, often the answer."""
+    work = Work(problem, memory=False)
+    presolve(work)
+    steps = elimination.plan_order(work)
+    if steps is None:
+        return None
+    value, choice = elimination.run(work, steps)
+    if value == np.inf:
+        raise Infeasible("every choice has a forbidden pair")
+    return exact.Search("optimal", work.expand(choice), value)
+
+
+def _with_memory(
+    problem: Problem, deadline: float | None, work_limit: int | None, seed: int
+) -> exact.Search:
+    work = Work(problem)
+    presolve(work)
+    found = exact.search(work, deadline=deadline, nodes=work_limit, seed=seed)
+    if found.choice is None:
+        return found
+    return exact.Search(found.status, work.expand(found.choice), found.bound)
+
+
+def _outcome(
+    problem: Problem, found: exact.Search, warm_start: Sequence[int] | None,
+    deadline: float | None, seconds: float,
+) -> Outcome:  # fmt: skip
+    """Believes only what evaluation confirms; an unbeaten warm start is the answer."""
+    choice = found.choice
+    cost = np.inf
+    if choice is not None:
+        priced = evaluate(problem, choice)
+        choice, cost = (choice, priced.cost) if priced.fits else (None, np.inf)
+    if warm_start is not None and found.status != "optimal":
+        warm = evaluate(problem, warm_start)
+        if warm.fits and warm.cost < cost:
+            choice, cost = np.array(warm_start, dtype=np.int64), warm.cost
+    if found.status == "infeasible" and choice is None:
+        return Outcome("infeasible", None, np.inf, np.inf, seconds)
+    late = deadline is not None and time.monotonic() >= deadline
+    status = found.status
+    if status != "optimal" or choice is None:
+        status = "time_limit" if late or choice is None else "feasible"
+    bound = min(found.bound, cost)
+    return Outcome(status, choice, float(cost), float(bound), seconds)

@@ -1,0 +1,122 @@
+"""Every part on its own keeps the optimum: each reduction, elimination, exact search."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ilp_support import brute_force, problems
+
+from planner.ilp import Problem, elimination, evaluate, exact
+from planner.ilp.presolve import presolve
+from planner.ilp.presolve_dominance import drop_dominated, forbid_pairs
+from planner.ilp.presolve_edges import drop_infinite, reduce_edge
+from planner.ilp.presolve_elimination import eliminate
+from planner.ilp.work import Infeasible, Work
+
+
+def all_edges(work: Work) -> None:
+    for i in work.nodes():
+        for j in list(work.adj[i]):
+            if work.present[i] and work.present[j] and j in work.adj[i]:
+                reduce_edge(work, i, j)
+
+
+def all_nodes(rule: Callable[[Work, int], bool]) -> Callable[[Work], None]:
+    def apply(work: Work) -> None:
+        for n in work.nodes():
+            if work.present[n]:
+                rule(work, n)
+
+    return apply
+
+
+def all_time(work: Work) -> None:
+    work.trim_time()
+    work.drop_crowded()
+
+
+RULES: dict[str, Callable[[Work], None]] = {
+    "infinite": all_nodes(drop_infinite),
+    "edges": all_edges,
+    "dominance": all_nodes(drop_dominated),
+    "pairs": all_nodes(forbid_pairs),
+    "elimination": all_nodes(eliminate),
+    "time": all_time,
+    "presolve": presolve,
+}
+
+
+def solve_rest(problem: Problem, work: Work) -> float:
+    """Optimum through branch and bound alone, priced on the original; inf if infeasible."""
+    all_nodes(drop_infinite)(work)
+    found = exact.search(work)
+    if found.choice is None:
+        return np.inf
+    priced = evaluate(problem, work.expand(found.choice))
+    assert priced.fits
+    assert found.bound == pytest.approx(priced.cost, rel=1e-7, abs=1e-12)
+    return priced.cost
+
+
+@pytest.mark.parametrize("rule", RULES)
+@settings(max_examples=120, deadline=None)
+@given(problem=problems())
+def test_a_reduction_keeps_the_optimum(rule: str, problem: Problem) -> None:
+    best = brute_force(problem)
+    try:
+        work = Work(problem)
+        RULES[rule](work)
+        cost = solve_rest(problem, work)
+    except Infeasible:
+        cost = np.inf
+    expected = np.inf if best is None else best.cost
+    assert cost == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+@settings(max_examples=120, deadline=None)
+@given(problems())
+def test_search_alone_is_brute_force(problem: Problem) -> None:
+    best = brute_force(problem)
+    try:
+        cost = solve_rest(problem, Work(problem))
+    except Infeasible:
+        cost = np.inf
+    assert cost == pytest.approx(np.inf if best is None else best.cost, rel=1e-9, abs=1e-15)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems())
+def test_elimination_is_brute_force_without_limit(problem: Problem) -> None:
+    free = Problem(problem.costs, problem.edges)
+    best = brute_force(free)
+    work = Work(free)
+    steps = elimination.plan_order(work)
+    assert steps is not None
+    value, choice = elimination.run(work, steps)
+    assert value == pytest.approx(np.inf if best is None else best.cost, rel=1e-12)
+    if best is not None:
+        assert evaluate(free, work.expand(choice)).cost == pytest.approx(best.cost, rel=1e-12)
+
+
+@settings(max_examples=100, deadline=None)
+@given(problems(), st.integers(0, 2**32 - 1))
+def test_work_prices_and_loads_like_the_referee(problem: Problem, seed: int) -> None:
+    """Any choice left by presolve means a full choice of the same cost and the same fit."""
+    try:
+        work = Work(problem)
+        presolve(work)
+    except Infeasible:
+        return
+    rng = np.random.default_rng(seed)
+    choice = np.zeros(problem.size, dtype=np.int64)
+    for n in work.nodes():
+        choice[n] = rng.integers(0, work.size(n))
+    priced = evaluate(problem, work.expand(choice))
+    assert work.price(choice) == pytest.approx(priced.cost, rel=1e-12, abs=1e-15)
+    load = work.load(choice)
+    fits = load.max(initial=0.0) <= work.limit
+    assert (fits and priced.cost < np.inf) == priced.fits
