@@ -130,17 +130,16 @@ def _nodes(name: str, document: Section, chip: Chip, sizes: tuple[int, ...]) -> 
     node, network = document.section("node"), document.section("network")
     full = node.count("gpus")
     if len(sizes) > 2:
-        raise MeshError("bad-size", f"{name!r}: expected NODES or NODESxGPUS, got {len(sizes)} sizes")
+        raise MeshError("bad-size", f"{name!r}: expected NODES or NODESxGPUS")
     nodes, gpus = sizes if len(sizes) == 2 else (sizes[0], full)
     if gpus > full:
         raise MeshError("too-large", f"{name!r}: a node has {full} GPUs, got {gpus}")
+    start = node.number("start_s")  # of an all-reduce; the curve's latencies contain it
+    curve = tuple((n, max(a - start, 0.0), b) for n, a, b in read_curve(node.section("curve")))
+    rate, latency = network.positive("bytes_per_s"), network.number("latency_s")
+    direct = node.positive("point_to_point_bytes_per_s")
     links = (
-        Dimension(
-            "node", nodes, "network", network.positive("bytes_per_s"), network.number("latency_s")
-        ),
-        Dimension(
-            "gpu", gpus, "switch", node.positive("point_to_point_bytes_per_s"), 0.0,
-            read_curve(node.section("curve")),
-        ),
-    )  # fmt: skip
-    return Topology(name, chip, links, 0.0)
+        Dimension("node", nodes, "network", rate, latency),
+        Dimension("gpu", gpus, "switch", direct, curve[0][1] / 2, curve),
+    )
+    return Topology(name, chip, links, start / 2)

@@ -69,7 +69,8 @@ def explicit(
     amounts = tuple(tuple(layout.get(a, {}).get(n, 1) for n in names) for a, _ in axes)
     for (axis, size), row in zip(axes, amounts, strict=True):
         if prod(row) != size:
-            raise MeshError("bad-layout", f"layout gives axis {axis!r} {prod(row)} devices of {size}")
+            given = f"{prod(row)} devices of {size}"
+            raise MeshError("bad-layout", f"layout gives axis {axis!r} {given}")
     for i, physical in enumerate(topology.links):
         used = prod(row[i] for row in amounts)
         if used != physical.size:

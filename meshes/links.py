@@ -41,7 +41,8 @@ class Level:
     bytes_per_s: what the group gets, in one direction: of each link (ring, line), between
     cores (core), of the bus bandwidth (switch), of one device's port (network).
     point_to_point_bytes_per_s: the same for one sender and one receiver.
-    latency_s: of one traversal, half an all-reduce.
+    latency_s: of one traversal, half an all-reduce, beyond Group.start_s.
+    hop_s: to the next member.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Level:
     bytes_per_s: float
     point_to_point_bytes_per_s: float
     latency_s: float
+    hop_s: float
 
 
 @dataclass(frozen=True)
@@ -93,12 +95,16 @@ def _level(dim: Dimension, here: list[Part], inside: list[Part], sharing: int) -
         return _torus_level(dim, here, inside, size, sharing)
     if dim.kind == "switch":
         latency, bandwidth = interpolate(dim.curve, size)
-        return Level(dim.name, "switch", size, bandwidth, dim.bytes_per_s, latency / 2)
+        return Level(
+            dim.name, "switch", size, bandwidth, dim.bytes_per_s, latency / 2, dim.latency_s
+        )
     if dim.kind == "network":
         # Tree depth grows by one per doubling; half of it for each half of an all-reduce.
         latency = dim.latency_s * (size - 1).bit_length() / 2
-        return Level(dim.name, "network", size, dim.bytes_per_s, dim.bytes_per_s, latency)
-    return Level(dim.name, "core", size, dim.bytes_per_s, dim.bytes_per_s, dim.latency_s)
+        rate, hop = dim.bytes_per_s, dim.latency_s / 2
+        return Level(dim.name, "network", size, rate, rate, latency, hop)
+    rate, hop = dim.bytes_per_s, dim.latency_s
+    return Level(dim.name, "core", size, rate, rate, hop, hop)
 
 
 def _torus_level(
@@ -112,7 +118,8 @@ def _torus_level(
     kind = "ring" if dim.kind == "ring" and whole else "line"
     hops = span // 2 if kind == "ring" else span - outermost.stride
     bandwidth = dim.bytes_per_s / (sharing * interleaved)
-    return Level(dim.name, kind, size, bandwidth, bandwidth, hops * dim.latency_s)
+    hop = min(p.stride for p in inside) * dim.latency_s
+    return Level(dim.name, kind, size, bandwidth, bandwidth, hops * dim.latency_s, hop)
 
 
 def interpolate(curve: tuple[tuple[int, float, float], ...], size: int) -> tuple[float, float]:

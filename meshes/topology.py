@@ -24,8 +24,9 @@ class Dimension:
 
     ring, line: `bytes_per_s` of a link, `latency_s` of a hop.
     core: `bytes_per_s` between the devices of a chip.
-    switch: `curve` holds (group size, latency_s, bus bytes/s) of an all-reduce
-    t = latency + 2 (n-1)/n bytes / bandwidth; `bytes_per_s` is the point-to-point rate.
+    switch: `curve` holds (group size, latency_s, bus bytes/s) of an all-reduce, which takes
+    2 start_s + latency + 2 (n-1)/n bytes / bandwidth; `bytes_per_s` and `latency_s` are
+    those of one sender and one receiver.
     network: `bytes_per_s` of one device's share of the ports, `latency_s` of an all-reduce
     per doubling of the number of nodes.
     """
