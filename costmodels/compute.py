@@ -1,0 +1,189 @@
+"""Seconds of one local operation: a roofline with measured efficiency, per chip.
+
+Matmuls, TPU (systolic array). C is the arithmetic, M the HBM traffic, R the work on results
+(adding up and narrowing them in the vector unit), each at its fitted rate:
+
+    seconds = overhead + largest + min(second, drain) + min(third, drain)
+
+The compiler overlaps the three, except while the first block comes in and the last goes out:
+that is `drain`, about the time to fill the on-chip memory once.
+
+Matmuls, GPU (multiprocessors). The result is cut in tiles, tiles run in waves of one per
+multiprocessor, the last wave is as long as a full one; the best of a few tile sizes and
+splits of the contracted dimension is taken, as vendor libraries do:
+
+    seconds = launch + max(waves * tile time + adding up the splits, HBM traffic)
+
+Streams (element-wise passes, reductions, optimizer updates) take the time of their HBM bytes
+at the measured efficiency, or of their vector arithmetic if that is longer.
+
+The parameters are in data/<chip.efficiency>.yaml, with what they were fitted to and how well.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+import yaml
+from numpy.typing import ArrayLike
+
+from meshes import Chip, canonical_dtype
+
+_ITEM_BYTES = {"f8": 1, "i8": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Fitted parameters of one chip; fractions are of the catalogue's rates.
+
+    compute, memory: of peak FLOP/s and of HBM bytes/s inside a matmul.
+    result_s: seconds per result element, by bytes of an element.
+    stream: fraction of HBM bytes/s of element-wise passes, by bytes of an element.
+    tiles: (m, n, fraction of a multiprocessor's peak), GPUs only.
+    """
+
+    compute: float
+    memory: float
+    overhead_s: float
+    stream_overhead_s: float
+    drain_s: float
+    result_s: tuple[tuple[int, float], ...]
+    stream: tuple[tuple[int, float], ...]
+    tiles: tuple[tuple[int, int, float], ...]
+    splits: tuple[int, ...]
+
+
+def matmul_seconds(
+    chip: Chip,
+    batch: ArrayLike,
+    m: ArrayLike,
+    n: ArrayLike,
+    k: ArrayLike,
+    dtype: str = "bf16",
+    result_dtype: str | None = None,
+) -> float | np.ndarray:
+    """Time of `batch` products [m, k] × [k, n] on one device; vectorised over the sizes.
+
+    `dtype` is that of the operands, and of the result unless `result_dtype` is given. Zero
+    if a size is zero. Raises ValueError for negative sizes or an unknown dtype.
+    """
+    sizes = [np.asarray(x, dtype=float) for x in (batch, m, n, k)]
+    if any(np.any(x < 0) for x in sizes):
+        raise ValueError("matmul sizes must not be negative")
+    b, rows, columns, inner = np.broadcast_arrays(*sizes)
+    item, result_item = _item_bytes(dtype), _item_bytes(result_dtype or dtype)
+    traffic = b * (item * (rows * inner + inner * columns) + result_item * rows * columns)
+    table = efficiency(chip.efficiency)
+    memory = traffic / (chip.hbm_bytes_per_s * table.memory)
+    peak = chip.peak_flops(dtype)
+    if chip.matrix_unit.kind == "mxu":
+        seconds = _systolic(table, peak, b, rows, columns, inner, memory, result_item)
+    else:
+        seconds = _tiled(chip, table, peak, b, rows, columns, inner, memory)
+    seconds = np.where(b * rows * columns * inner > 0, seconds, 0.0)
+    return float(seconds) if seconds.ndim == 0 else seconds
+
+
+def stream_seconds(
+    chip: Chip, bytes: ArrayLike, flops: ArrayLike = 0.0, dtype: str = "bf16"
+) -> float | np.ndarray:
+    """Time of a pass that moves `bytes` through HBM and does `flops` of vector arithmetic.
+
+    `dtype` is that of the arrays: chips whose vector unit is 32 bits wide lose time on
+    widening and narrowing. Zero if there is nothing to do. Raises ValueError for negatives.
+    """
+    moved, work = np.broadcast_arrays(np.asarray(bytes, float), np.asarray(flops, float))
+    if np.any(moved < 0) or np.any(work < 0):
+        raise ValueError("bytes and flops must not be negative")
+    table = efficiency(chip.efficiency)
+    rate = chip.hbm_bytes_per_s * _by_item(table.stream, _item_bytes(dtype))
+    busy = np.maximum(moved / rate, work / chip.vector_flops)
+    start = chip.launch_s + table.stream_overhead_s
+    seconds = np.where(busy > 0, start + busy, 0.0)
+    return float(seconds) if seconds.ndim == 0 else seconds
+
+
+def _systolic(
+    table: Efficiency,
+    peak: float,
+    b: np.ndarray,
+    m: np.ndarray,
+    n: np.ndarray,
+    k: np.ndarray,
+    memory: np.ndarray,
+    result_item: int,
+) -> np.ndarray:
+    """TPU: three overlapping kinds of work, see the module's head."""
+    arithmetic = 2 * b * m * n * k / (peak * table.compute)
+    results = b * m * n * _by_item(table.result_s, result_item)
+    third, second, largest = np.sort(np.stack([arithmetic, memory, results]), axis=0)
+    drain = np.minimum(second, table.drain_s) + np.minimum(third, table.drain_s)
+    return table.overhead_s + largest + drain
+
+
+def _tiled(
+    chip: Chip,
+    table: Efficiency,
+    peak: float,
+    b: np.ndarray,
+    m: np.ndarray,
+    n: np.ndarray,
+    k: np.ndarray,
+    memory: np.ndarray,
+) -> np.ndarray:
+    """GPU: the best tile and split of the contracted dimension."""
+    units = chip.matrix_unit.units
+    step = chip.matrix_unit.tile[2]
+    best = np.full(b.shape, np.inf)
+    for tile_m, tile_n, fraction in table.tiles:
+        count = b * np.ceil(m / tile_m) * np.ceil(n / tile_n)
+        for split in table.splits:
+            depth = np.ceil(k / split / step) * step
+            tile_s = 2 * tile_m * tile_n * depth * units / (peak * fraction * table.compute)
+            # Every split writes partial sums in f32 and one pass reads them all.
+            adding = 8 * split * b * m * n / chip.hbm_bytes_per_s if split > 1 else 0.0
+            best = np.minimum(best, np.ceil(count * split / units) * tile_s + adding)
+    return chip.launch_s + table.overhead_s + np.maximum(best, memory)
+
+
+def _item_bytes(dtype: str) -> int:
+    name = canonical_dtype(dtype)
+    if name not in _ITEM_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r}; known: {', '.join(_ITEM_BYTES)}")
+    return _ITEM_BYTES[name]
+
+
+def _by_item(rows: tuple[tuple[int, float], ...], item: int) -> float:
+    """Entry of the narrowest type at least as wide as `item`, else of the widest."""
+    for width, value in rows:
+        if item <= width:
+            return value
+    return rows[-1][1]
+
+
+@cache
+def efficiency(name: str) -> Efficiency:
+    """Fitted table `name` of costmodels/data; ValueError if there is none."""
+    path = files("costmodels") / "data" / f"{name}.yaml"
+    if not path.is_file():
+        raise ValueError(f"no fitted efficiency table {name!r} in costmodels/data")
+    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return Efficiency(
+        compute=float(data["compute"]),
+        memory=float(data["memory"]),
+        overhead_s=float(data["overhead_s"]),
+        stream_overhead_s=float(data["stream_overhead_s"]),
+        drain_s=float(data.get("drain_s", 0)),
+        result_s=_table(data.get("result_s", {4: 0})),
+        stream=_table(data["stream"]),
+        tiles=tuple((int(m), int(n), float(e)) for m, n, e in data.get("tiles", ())),
+        splits=tuple(data.get("splits", (1,))),
+    )
+
+
+def _table(rows: dict[int, Any]) -> tuple[tuple[int, float], ...]:
+    return tuple(sorted((int(width), float(value)) for width, value in rows.items()))
