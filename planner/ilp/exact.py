@@ -7,16 +7,17 @@ overloads none is an optimum of the whole one.
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import numpy as np
 
+from planner.ilp.clock import Clock
 from planner.ilp.linearise import linearise
 from planner.ilp.milp import Milp
 from planner.ilp.profile import Profile
 from planner.ilp.work import Ints, Work
 
+UNLIMITED = Clock()
 RELAXED_ROUNDS = 30
 CAP_SHARE = 1e-4
 """Below this share of the cap the relaxation's cost is too small beside the dearest column."""
@@ -36,10 +37,14 @@ class Search:
 
 
 def search(
-    work: Work, *, deadline: float | None = None, nodes: int | None = None,
-    start: Ints | None = None, seed: int = 0,
+    work: Work, *, clock: Clock = UNLIMITED, nodes: int | None = None,
+    start: Ints | None = None, upper: float = np.inf, seed: int = 0,
 ) -> Search:  # fmt: skip
-    """Optimum of `work` or the best that the limits allow. `deadline` is on `time.monotonic`."""
+    """Optimum of `work` or the best that the limits allow.
+
+    With `upper` only choices of at most that cost are wanted: "infeasible" then means that
+    there is none.
+    """
     linear = linearise(work)
     profile = Profile(work)
     if not linear.nodes:
@@ -49,11 +54,17 @@ def search(
     model = Milp(work, linear, seed=seed)
     if start is not None and profile.fits(profile.load_of(start)):
         model.set_cap(_cap(work.price(start), linear.offset))
-    bound = _relax(model, profile, deadline)
+    if np.isfinite(upper):
+        if upper < linear.offset:
+            return Search("infeasible", None, linear.offset)
+        model.set_cap(_cap(upper, linear.offset))
+    bound = _relax(model, profile, clock)
+    if bound > upper:
+        return Search("infeasible", None, bound)
     while True:
-        found = _branch(model, profile, deadline, nodes, start)
+        found = _branch(model, profile, clock, nodes, start)
         # Without a forbidden column, or at a cost within the cap, the proof is complete.
-        proven = found.status == "infeasible" and model.everything
+        proven = found.status == "infeasible" and (model.everything or np.isfinite(upper))
         enough = found.choice is not None and found.bound <= linear.offset + model.cap
         if proven or enough or found.status == "stopped":
             return Search(found.status, found.choice, _valid(model, found, bound))
@@ -75,13 +86,13 @@ def _valid(model: Milp, found: Search, relaxed: float) -> float:
 
 
 def _branch(
-    model: Milp, profile: Profile, deadline: float | None, nodes: int | None, start: Ints | None
+    model: Milp, profile: Profile, clock: Clock, nodes: int | None, start: Ints | None
 ) -> Search:
     """Branch and bound under the model's cap, with rows added until the answer fits."""
     work, linear = model.work, model.linear
     while True:
         answer = model.solve(
-            time_limit=left(deadline), nodes=DEFAULT_NODES if nodes is None else nodes, start=start
+            clock=clock, nodes=DEFAULT_NODES if nodes is None else nodes, start=start
         )
         if answer.kind == "infeasible":
             return Search("infeasible", None, np.inf)
@@ -92,21 +103,21 @@ def _branch(
         if not peaks:
             status = "optimal" if answer.kind == "optimal" else "feasible"
             return Search(status, choice, answer.bound)
-        if answer.kind == "stopped" and left(deadline) <= 0:
+        if answer.kind == "stopped" and clock.over():
             return Search("stopped", None, answer.bound)
         if model.points.issuperset(peaks):
             model.exclude(choice)
         model.add_points(peaks)
 
 
-def _relax(model: Milp, profile: Profile, deadline: float | None) -> float:
+def _relax(model: Milp, profile: Profile, clock: Clock) -> float:
     """Sets a first cap and adds the rows that fractional solutions overload.
 
     Returns the bound reached, valid up to the cap.
     """
     bound = -np.inf
     for _ in range(RELAXED_ROUNDS):
-        answer = model.relax(time_limit=left(deadline))
+        answer = model.relax(clock=clock)
         if answer.kind == "infeasible" and not model.everything:
             model.set_cap(model.cap * CAP_GROWTH)
             continue
@@ -124,8 +135,3 @@ def _relax(model: Milp, profile: Profile, deadline: float | None) -> float:
             return bound
         model.add_points(new)
     return bound
-
-
-def left(deadline: float | None) -> float:
-    """Seconds to the deadline, at least 0; inf without one."""
-    return np.inf if deadline is None else max(0.0, deadline - time.monotonic())

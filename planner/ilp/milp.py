@@ -7,13 +7,14 @@ the presolved one, so the exact search passes arrays; `pulp_model` is the portab
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import highspy
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.ilp.clock import Clock
 from planner.ilp.linearise import Linear, Rows, memory_rows
 from planner.ilp.problem import Vector
 from planner.ilp.work import Work
@@ -27,6 +28,11 @@ MEMORY_SCALE = 1e3
 """The limit in scaled units: with a feasibility tolerance of 1e-7 a row can be exceeded by a
 share of 1e-10 at most; the caller checks by plain evaluation."""
 TOLERANCE = 1e-7
+AGREE = 1e-6
+"""Columns and reported objective may differ by this share (tolerances times many columns)."""
+POLL_S = 0.05
+"""How often a running HiGHS is asked whether somebody wants to stop."""
+UNLIMITED = Clock()
 
 
 @dataclass(frozen=True)
@@ -133,39 +139,42 @@ class Milp:
         row.add(index, np.ones(len(index)), -np.inf, len(index) - 1.0)
         self.add_rows(row)
 
-    def forbid(self, columns: Ints) -> None:
-        """Fixes columns at zero."""
-        zero = np.zeros(len(columns))
-        self.highs.changeColsBounds(len(columns), columns.astype(np.int32), zero, zero)
-
-    def relax(self, *, time_limit: float = np.inf) -> Answer:
+    def relax(self, *, clock: Clock = UNLIMITED) -> Answer:
         """The linear relaxation; HiGHS keeps its basis between calls."""
         self._integrality(False)
-        self.highs.setOptionValue("time_limit", self.highs.getRunTime() + time_limit)
-        self.highs.run()
+        self._run(clock)
         return self._answer(mip=False)
 
     def solve(
-        self, *, time_limit: float = np.inf, nodes: int | None = None,
-        cutoff: float = np.inf, start: Ints | None = None,
-        progress: Callable[[float, float], None] | None = None,
+        self, *, clock: Clock = UNLIMITED, nodes: int | None = None,
+        start: Ints | None = None,
     ) -> Answer:  # fmt: skip
         """Branch and bound. `nodes` is the deterministic work limit."""
+        # After a relaxation HiGHS 1.16 can return columns that do not belong to the optimum it
+        # reports (its objective is right, the columns are another solution's): start afresh.
+        self.highs.clearSolver()
         self._integrality(True)
-        self.highs.setOptionValue("time_limit", self.highs.getRunTime() + time_limit)
         if nodes is not None:
             self.highs.setOptionValue("mip_max_nodes", nodes)
-        if np.isfinite(cutoff):
-            self.highs.setOptionValue("objective_bound", self._scaled(cutoff))
         if start is not None:
             solution = highspy.HighsSolution()
             solution.col_value = list(self.linear.columns(start))
             self.highs.setSolution(solution)
-        self.highs.run()
+        self._run(clock)
         return self._answer(mip=True)
 
-    def _scaled(self, cost: float) -> float:
-        return (cost - self.linear.offset) * self.scale
+    def _run(self, clock: Clock) -> None:
+        """Runs in a thread of its own, so that a signal is heard and stops the run."""
+        self.highs.setOptionValue("time_limit", self.highs.getRunTime() + clock.left())
+        if not clock.limited:
+            self.highs.run()
+            return
+        thread = self.highs.startSolve()
+        while thread.is_alive():
+            thread.join(POLL_S)
+            if clock.stop.asked:
+                self.highs.cancelSolve()
+                thread.join()
 
     def _unscaled(self, value: float) -> float:
         return value / self.scale + self.linear.offset
@@ -185,12 +194,15 @@ class Milp:
         found = info.primal_solution_status == 2  # kSolutionStatusFeasible
         columns = np.array(self.highs.getSolution().col_value) if found else None
         objective = self._unscaled(info.objective_function_value) if found else np.inf
-        if status == highspy.HighsModelStatus.kOptimal:
+        agree = columns is not None and self._agrees(columns, info.objective_function_value)
+        if status == highspy.HighsModelStatus.kOptimal and agree:
             bound = self._unscaled(info.mip_dual_bound) if mip else objective
             return Answer("optimal", columns, objective, min(bound, objective))
         bound = self._unscaled(info.mip_dual_bound) if mip else -np.inf
+        objective = objective if agree else np.inf
         return Answer("stopped", columns, objective, bound)
 
-    def duals(self) -> Vector:
-        """Row duals of the last relaxation, scaled back to cost per row unit."""
-        return np.array(self.highs.getSolution().row_dual) / self.scale
+    def _agrees(self, columns: Vector, objective: float) -> bool:
+        """Whether the columns have the objective that HiGHS reports for them."""
+        cost = np.where(self.linear.cost <= self.cap, self.linear.cost * self.scale, LARGEST_COST)
+        return bool(abs(cost @ columns - objective) <= AGREE * max(1.0, abs(objective)))

@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+
 from planner.ilp.presolve_dominance import drop_dominated, forbid_pairs
 from planner.ilp.presolve_edges import drop_infinite, reduce_edge
 from planner.ilp.presolve_elimination import eliminate
 from planner.ilp.problem import Matrix
 from planner.ilp.work import Work
 
+STILL_SHRINKING = 0.98
+"""Comparing pairs is dear: another round only if the last one left at most this share."""
 Edges = dict[tuple[int, int], Matrix]
 ROUNDS = 20
 """Rounds of trimming time and starting over; each needs the one before to have helped."""
@@ -23,15 +27,22 @@ def presolve(work: Work, *, out_of_time: Callable[[], bool] = lambda: False) -> 
     """Shrinks `work` in place. Raises Infeasible when it proves that nothing fits."""
     seen: Edges = {}
     paired: dict[int, int] = {}
+    before = np.inf
     for _ in range(ROUNDS):
         work.trim_time()
         work.drop_crowded()
         if not work.dirty:
             break
         _shrink(work, seen, out_of_time)
-        _forbid(work, paired, out_of_time)
-        if out_of_time():
+        labels = _labels(work)
+        if out_of_time() or labels > before * STILL_SHRINKING:
             break
+        before = labels
+        _forbid(work, paired, out_of_time)
+
+
+def _labels(work: Work) -> int:
+    return sum(work.size(n) for n in work.nodes())
 
 
 def _shrink(work: Work, seen: Edges, out_of_time: Callable[[], bool]) -> None:

@@ -51,17 +51,16 @@ class Profile:
         """Load [time points] of x [columns], fractional or not."""
         weight = self.amount * x[self.column]
         points = len(self.base) + 1
-        change = np.bincount(self.begin, weights=weight, minlength=points)
-        change -= np.bincount(self.end, weights=weight, minlength=points)
-        total: Vector = self.base + np.cumsum(change)[:-1]
+        born = np.bincount(self.begin, weights=weight, minlength=points)
+        gone = np.bincount(self.end, weights=weight, minlength=points)
+        total: Vector = self.base + np.cumsum(born - gone)[:-1]
         return total
 
     def price(self, prices: Vector) -> Vector:
         """Σ over live points of prices[t] · amount, per column: the multipliers' node costs."""
         upto = np.concatenate([[0.0], np.cumsum(prices)])
         weight = self.amount * (upto[self.end] - upto[self.begin])
-        cost: Vector = np.bincount(self.column, weights=weight, minlength=self.columns)
-        return cost
+        return np.bincount(self.column, weights=weight, minlength=self.columns).astype(np.float64)
 
     def load_of(self, choice: Ints) -> Vector:
         """Load under a choice indexed by node."""

@@ -6,18 +6,24 @@ solver claims, the cost in the outcome is the plain evaluation of its choice.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from planner.ilp import elimination, exact, pulp_model
+from planner.ilp.anytime import Anytime
+from planner.ilp.clock import Clock
 from planner.ilp.evaluate import evaluate
 from planner.ilp.presolve import presolve
 from planner.ilp.problem import Outcome, Problem
-from planner.ilp.work import Infeasible, Ints, Work
+from planner.ilp.work import Infeasible, Work
 
 BACKENDS = ("auto", "cbc", "highs", "lns")
+FREE_NODES = 5_000
+"""Above this many nodes with a limit the memory-free optimum is not worth its time: in every
+contest problem the limit binds."""
+PRESOLVE_SHARE = 0.2
+"""Part of a time limit that presolve may take."""
 Progress = Callable[[float, float], None]
 
 
@@ -35,13 +41,12 @@ def solve(
     if backend not in BACKENDS:
         raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
     check(problem)
-    begin = time.monotonic()
-    deadline = None if time_limit is None else begin + time_limit
+    clock = Clock.of(time_limit)
     if backend in ("cbc", "highs"):
         found = pulp_model.search(problem, backend, time_limit, work_limit, warm_start, gap)
     else:
-        found = _auto(problem, deadline, work_limit, seed, warm_start)
-    return _outcome(problem, found, warm_start, deadline, time.monotonic() - begin)
+        found = _auto(problem, clock, work_limit, seed, progress)
+    return _outcome(problem, found, warm_start, clock)
 
 
 def check(problem: Problem) -> None:
@@ -64,28 +69,24 @@ def check(problem: Problem) -> None:
 
 
 def _auto(
-    problem: Problem, deadline: float | None, work_limit: int | None, seed: int,
-    warm_start: Sequence[int] | None,
+    problem: Problem, clock: Clock, work_limit: int | None, seed: int,
+    progress: Progress | None,
 ) -> exact.Search:  # fmt: skip
     try:
-        free = _without_memory(problem)
-        if free is not None and evaluate(problem, _full(free)).fits:
+        free = _without_memory(problem, clock)
+        if free is not None and free.choice is not None and evaluate(problem, free.choice).fits:
             return free
-        return _with_memory(problem, deadline, work_limit, seed)
+        return _with_memory(problem, clock, work_limit, seed, progress)
     except Infeasible:
         return exact.Search("infeasible", None, np.inf)
 
 
-def _full(found: exact.Search) -> Ints:
-    if found.choice is None:
-        raise ValueError("no choice was found")
-    return found.choice
-
-
-def _without_memory(problem: Problem) -> exact.Search | None:
+def _without_memory(problem: Problem, clock: Clock) -> exact.Search | None:
     """The optimum ignoring the limit, where elimination can do it: a bound, often the answer."""
+    if problem.size > FREE_NODES and problem.limit is not None:
+        return None
     work = Work(problem, memory=False)
-    presolve(work)
+    presolve(work, out_of_time=clock.over)
     steps = elimination.plan_order(work)
     if steps is None:
         return None
@@ -96,20 +97,17 @@ def _without_memory(problem: Problem) -> exact.Search | None:
 
 
 def _with_memory(
-    problem: Problem, deadline: float | None, work_limit: int | None, seed: int
+    problem: Problem, clock: Clock, work_limit: int | None, seed: int, progress: Progress | None
 ) -> exact.Search:
     work = Work(problem)
-    presolve(work)
-    found = exact.search(work, deadline=deadline, nodes=work_limit, seed=seed)
-    if found.choice is None:
-        return found
-    return exact.Search(found.status, work.expand(found.choice), found.bound)
+    presolve(work, out_of_time=clock.share(PRESOLVE_SHARE).over)
+    report = None if progress is None else (lambda cost, bound, _: progress(cost, bound))
+    return Anytime(work, clock, seed, work_limit, report).run()
 
 
 def _outcome(
-    problem: Problem, found: exact.Search, warm_start: Sequence[int] | None,
-    deadline: float | None, seconds: float,
-) -> Outcome:  # fmt: skip
+    problem: Problem, found: exact.Search, warm_start: Sequence[int] | None, clock: Clock
+) -> Outcome:
     """Believes only what evaluation confirms; an unbeaten warm start is the answer."""
     choice = found.choice
     cost = np.inf
@@ -120,9 +118,10 @@ def _outcome(
         warm = evaluate(problem, warm_start)
         if warm.fits and warm.cost < cost:
             choice, cost = np.array(warm_start, dtype=np.int64), warm.cost
+    seconds = clock.seconds()
     if found.status == "infeasible" and choice is None:
         return Outcome("infeasible", None, np.inf, np.inf, seconds)
-    late = deadline is not None and time.monotonic() >= deadline
+    late = clock.limited and clock.over()
     status = found.status
     if status != "optimal" or choice is None:
         status = "time_limit" if late or choice is None else "feasible"

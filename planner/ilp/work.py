@@ -77,6 +77,16 @@ class Work:
             undo(full)
         return full
 
+    def weighted(self, weight: float) -> Work:
+        """The same nodes, edges and usages at costs times `weight` > 0 (for reading only)."""
+        other = Work(Problem(()))
+        other.original = self.original
+        other.costs = [c * weight for c in self.costs]
+        other.adj = [{m: c * weight for m, c in near.items()} for near in self.adj]
+        other.uses, other.present = self.uses, self.present
+        other.offset, other.limit, other.base = self.offset * weight, self.limit, self.base
+        return other
+
     # ---- elementary moves -------------------------------------------------------------------
 
     def add_use(self, n: int, span: Span, amount: Vector) -> None:

@@ -81,10 +81,10 @@ def _matrix(rng: np.random.Generator, rows: int, columns: int, integer: bool) ->
 def problems() -> st.SearchStrategy[Problem]:
     """Problems of 1 to 8 nodes; everything follows from one drawn seed, so that sizes are
     spread evenly (drawn sizes would mostly be tiny)."""
-    return st.builds(_from_seed, st.integers(0, 2**32 - 1))
+    return st.builds(from_seed, st.integers(0, 2**32 - 1))
 
 
-def _from_seed(seed: int) -> Problem:
+def from_seed(seed: int) -> Problem:
     rng = np.random.default_rng(seed)
     nodes = int(rng.integers(1, 9))
     return random_problem(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ilp_support import brute_force, problems
+from ilp_support import brute_force, from_seed, problems
 
 from planner.ilp import Problem, elimination, evaluate, exact
 from planner.ilp.presolve import presolve
@@ -75,6 +75,14 @@ def test_a_reduction_keeps_the_optimum(rule: str, problem: Problem) -> None:
         cost = np.inf
     expected = np.inf if best is None else best.cost
     assert cost == pytest.approx(expected, rel=1e-9, abs=1e-15)
+
+
+def test_columns_belong_to_the_reported_optimum() -> None:
+    """Seen with HiGHS 1.16: warm from a relaxation, it returned another solution's columns."""
+    problem = from_seed(205431)
+    work = Work(problem)
+    RULES["elimination"](work)
+    assert solve_rest(problem, work) == 113.0
 
 
 @settings(max_examples=120, deadline=None)

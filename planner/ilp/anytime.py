@@ -1,0 +1,200 @@
+"""Search at contest scale: dual ascent for bounds and a first choice, then neighbourhoods.
+
+Only the order of the phases and how time is shared among them belong here.
+
+1. Multipliers and messages (`lagrangian`) until a choice fits and a share of the time is gone.
+2. If the problem is small, branch and bound to the end (`exact`).
+3. Neighbourhoods (`lns`), with a return to the dual now and then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from planner.ilp import exact
+from planner.ilp.clock import Clock
+from planner.ilp.lagrangian import Dual
+from planner.ilp.lns import Neighbourhoods
+from planner.ilp.work import Infeasible, Work
+
+Ints = NDArray[np.int64]
+Progress = Callable[[float, float], None]
+
+SMALL_CELLS = 150_000
+"""Finite matrix entries up to which branch and bound is worth trying on the whole."""
+DUAL_SHARE = 0.25
+"""Part of the time that the first ascent may take once a choice fits."""
+PATIENCE_SHARE = 0.5
+"""Part of the time after which a choice is sought by putting memory first."""
+EXACT_SHARE = 0.5
+DUAL_ROUNDS = 150
+"""Rounds of the ascent when there is no time limit."""
+SEARCH_STEPS = 300
+"""Neighbourhoods when there is no time limit."""
+MARGIN_SHARE = 0.3
+"""Neighbourhoods leave out strategies whose regret exceeds this share of the gap."""
+REFRESH_STEPS = 40
+"""Neighbourhoods between two returns to the dual."""
+REFRESH_ROUNDS = 10
+MEMORY_FIRST = 1e-3
+"""Weight of the costs when any choice that fits is wanted."""
+
+
+@dataclass
+class Anytime:
+    """The search on one presolved problem. `choice` (indexed by node, not expanded) fits."""
+
+    work: Work
+    clock: Clock
+    seed: int = 0
+    work_limit: int | None = None
+    report: Callable[[float, float, Ints | None], None] | None = None
+    choice: Ints | None = None
+    cost: float = np.inf
+    bound: float = -np.inf
+    status: str = "stopped"
+    inner: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    def run(self) -> exact.Search:
+        """Until optimal, infeasible or out of time; the choice is expanded."""
+        try:
+            self._phases()
+        except Infeasible:
+            self.status = "infeasible"
+        if self.status == "optimal":
+            self.bound = self.cost
+        status = self.status
+        if status == "stopped" and self.choice is not None:
+            status = "feasible"
+        return exact.Search(status, self.choice, self.bound)
+
+    def _phases(self) -> None:
+        if not self.work.nodes():
+            found = exact.search(self.work)
+            if found.choice is not None:
+                self._take_inner(found.choice, found.bound, found.bound)
+            self.status = found.status
+            return
+        small = cells(self.work) <= SMALL_CELLS
+        if small and self._exact(self.clock.share(EXACT_SHARE)):
+            return
+        dual = Dual(self.work)
+        self._ascend(dual)
+        if dual.choice is None and self.choice is None:
+            self._memory_first()
+        if self.choice is None:
+            return
+        if small and self.clock.limited and self._exact(self.clock.share(EXACT_SHARE)):
+            return
+        self._neighbourhoods(dual)
+
+    # ---- phases -----------------------------------------------------------------------------
+
+    def _exact(self, clock: Clock) -> bool:
+        """Branch and bound on everything; True when it finished."""
+        found = exact.search(
+            self.work, clock=clock, nodes=self.work_limit, upper=self.cost, seed=self.seed
+        )
+        if found.choice is not None:
+            self._take_inner(found.choice, self.work.price(found.choice), found.bound)
+        if found.status == "optimal":
+            self.status = "optimal"
+            return True
+        if found.status == "infeasible":
+            self.status = "infeasible" if self.choice is None else "optimal"
+            return True
+        self._take(None, np.inf, found.bound)
+        return False
+
+    def _ascend(self, dual: Dual) -> None:
+        share, patience = self.clock.share(DUAL_SHARE), self.clock.share(PATIENCE_SHARE)
+        rounds = DUAL_ROUNDS if self.work_limit is None else min(self.work_limit, DUAL_ROUNDS)
+        while not patience.over():
+            dual.step()
+            self._take_dual(dual)
+            if self._closed():
+                return
+            if not self.clock.limited and dual.rounds >= rounds:
+                return
+            if share.over() and self.choice is not None and self.clock.limited:
+                return
+
+    def _memory_first(self) -> None:
+        """A choice that fits, at hardly any regard for cost."""
+        dual = Dual(self.work.weighted(MEMORY_FIRST))
+        for _ in range(10 * DUAL_ROUNDS):
+            if self.clock.over() or dual.choice is not None:
+                break
+            dual.step()
+        if dual.choice is not None:
+            self._take_inner(dual.choice, self.work.price(dual.choice), -np.inf)
+
+    def _neighbourhoods(self, dual: Dual) -> None:
+        state = self._state(dual)
+        steps = SEARCH_STEPS if self.work_limit is None else self.work_limit
+        while not self.clock.over() and not self._closed():
+            if not self.clock.limited and state.tried >= steps:
+                return
+            if state.step(self.clock):
+                self._take_inner(state.choice, state.cost, self.bound)
+            if state.tried % REFRESH_STEPS == 0:
+                self._refresh(dual, state)
+
+    def _state(self, dual: Dual) -> Neighbourhoods:
+        state = Neighbourhoods(self.work, dual.profile, self.inner, self.cost, self.seed)
+        self._guide(dual, state)
+        return state
+
+    def _guide(self, dual: Dual, state: Neighbourhoods) -> None:
+        bound, regret = dual.regrets()
+        first = dual.messages.first
+        state.regret = np.split(regret, first[1:-1])
+        state.margin = MARGIN_SHARE * max(state.cost - bound, 0.0)
+        self._take(None, np.inf, dual.bound)
+
+    def _refresh(self, dual: Dual, state: Neighbourhoods) -> None:
+        for _ in range(REFRESH_ROUNDS):
+            if self.clock.over():
+                return
+            dual.step()
+        self._take_dual(dual)
+        self._guide(dual, state)
+
+    # ---- bookkeeping ------------------------------------------------------------------------
+
+    def _take_dual(self, dual: Dual) -> None:
+        if dual.choice is not None and dual.cost < self.cost:
+            self._take_inner(dual.choice, dual.cost, dual.bound)
+        self._take(None, np.inf, dual.bound)
+
+    def _take_inner(self, choice: Ints, cost: float, bound: float) -> None:
+        """A choice of the remaining nodes."""
+        self.inner = choice
+        self._take(self.work.expand(choice), cost, bound)
+
+    def _take(self, choice: Ints | None, cost: float, bound: float) -> None:
+        better = choice is not None and cost < self.cost
+        news = better or bound > self.bound
+        if better:
+            self.choice, self.cost = choice, cost
+        self.bound = max(self.bound, min(bound, self.cost))
+        if news and self.report is not None:
+            self.report(self.cost, self.bound, self.choice if better else None)
+
+    def _closed(self) -> bool:
+        """Bound and cost agree to rounding."""
+        if self.cost - self.bound > 1e-12 * abs(self.cost):
+            return False
+        self.status = "optimal"
+        return True
+
+
+def cells(work: Work) -> int:
+    """Finite matrix entries: what the size of the integer program follows."""
+    return sum(
+        int(np.isfinite(c).sum()) for n in work.nodes() for m, c in work.adj[n].items() if n < m
+    )
