@@ -53,6 +53,7 @@ class Anytime:
     seed: int = 0
     work_limit: int | None = None
     report: Callable[[float, float, Ints | None], None] | None = None
+    try_exact: bool = True
     choice: Ints | None = None
     cost: float = np.inf
     bound: float = -np.inf
@@ -79,7 +80,7 @@ class Anytime:
                 self._take_inner(found.choice, found.bound, found.bound)
             self.status = found.status
             return
-        small = cells(self.work) <= SMALL_CELLS
+        small = self.try_exact and cells(self.work) <= SMALL_CELLS
         if small and self._exact(self.clock.share(EXACT_SHARE)):
             return
         dual = Dual(self.work)
@@ -187,7 +188,7 @@ class Anytime:
 
     def _closed(self) -> bool:
         """Bound and cost agree to rounding."""
-        if self.cost - self.bound > 1e-12 * abs(self.cost):
+        if self.choice is None or self.cost - self.bound > 1e-12 * abs(self.cost):
             return False
         self.status = "optimal"
         return True

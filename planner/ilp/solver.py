@@ -38,15 +38,31 @@ def solve(
     nodes), which gives the same result every time. `progress` gets incumbent and bound.
     Raises ValueError for an unknown backend or a malformed problem.
     """
-    if backend not in BACKENDS:
-        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     check(problem)
     clock = Clock.of(time_limit)
+    found = search(problem, backend, clock, work_limit, seed, warm_start, gap, progress)
+    return outcome_of(problem, found, warm_start, clock)
+
+
+def search(
+    problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int,
+    warm_start: Sequence[int] | None, gap: float, progress: Progress | None,
+) -> exact.Search:  # fmt: skip
+    """The backend's own result, not yet priced. The problem must have passed `check`."""
     if backend in ("cbc", "highs"):
-        found = pulp_model.search(problem, backend, time_limit, work_limit, warm_start, gap)
-    else:
-        found = _auto(problem, clock, work_limit, seed, progress)
-    return _outcome(problem, found, warm_start, clock)
+        seconds = clock.left() if clock.limited else None
+        return pulp_model.search(problem, backend, seconds, work_limit, warm_start, gap)
+    try:
+        return _reduced(problem, backend, clock, work_limit, seed, progress)
+    except Infeasible:
+        return exact.Search("infeasible", None, np.inf)
+
+
+def check_backend(backend: str) -> None:
+    """Raises ValueError unless `backend` is known."""
+    if backend not in BACKENDS:
+        raise ValueError(f"unknown backend {backend!r}: expected one of {', '.join(BACKENDS)}")
 
 
 def check(problem: Problem) -> None:
@@ -68,17 +84,19 @@ def check(problem: Problem) -> None:
             raise ValueError(f"usage {k}: amounts must be finite and not negative")
 
 
-def _auto(
-    problem: Problem, clock: Clock, work_limit: int | None, seed: int,
+def _reduced(
+    problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int,
     progress: Progress | None,
 ) -> exact.Search:  # fmt: skip
-    try:
+    """Elimination where it is enough, else presolve and the anytime search."""
+    if backend == "auto":
         free = _without_memory(problem, clock)
         if free is not None and free.choice is not None and evaluate(problem, free.choice).fits:
             return free
-        return _with_memory(problem, clock, work_limit, seed, progress)
-    except Infeasible:
-        return exact.Search("infeasible", None, np.inf)
+    work = Work(problem)
+    presolve(work, out_of_time=clock.share(PRESOLVE_SHARE).over)
+    report = None if progress is None else (lambda cost, bound, _: progress(cost, bound))
+    return Anytime(work, clock, seed, work_limit, report, try_exact=backend == "auto").run()
 
 
 def _without_memory(problem: Problem, clock: Clock) -> exact.Search | None:
@@ -96,16 +114,7 @@ def _without_memory(problem: Problem, clock: Clock) -> exact.Search | None:
     return exact.Search("optimal", work.expand(choice), value)
 
 
-def _with_memory(
-    problem: Problem, clock: Clock, work_limit: int | None, seed: int, progress: Progress | None
-) -> exact.Search:
-    work = Work(problem)
-    presolve(work, out_of_time=clock.share(PRESOLVE_SHARE).over)
-    report = None if progress is None else (lambda cost, bound, _: progress(cost, bound))
-    return Anytime(work, clock, seed, work_limit, report).run()
-
-
-def _outcome(
+def outcome_of(
     problem: Problem, found: exact.Search, warm_start: Sequence[int] | None, clock: Clock
 ) -> Outcome:
     """Believes only what evaluation confirms; an unbeaten warm start is the answer."""
