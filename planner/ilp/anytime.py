@@ -4,7 +4,8 @@ Only the order of the phases and how time is shared among them belong here.
 
 1. Multipliers and messages (`lagrangian`) until a choice fits and a share of the time is gone.
 2. If the problem is small, branch and bound to the end (`exact`).
-3. Neighbourhoods (`lns`), with a return to the dual now and then.
+3. Choices of the dual at various prices are merged exactly (`merging`), neighbourhoods of the
+   incumbent solved exactly (`lns`), while the dual goes on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from planner.ilp import exact
 from planner.ilp.clock import Clock
 from planner.ilp.lagrangian import Dual
 from planner.ilp.lns import Neighbourhoods
+from planner.ilp.merging import Pool
 from planner.ilp.work import Infeasible, Work
 
 Ints = NDArray[np.int64]
@@ -26,7 +28,7 @@ Progress = Callable[[float, float], None]
 
 SMALL_CELLS = 150_000
 """Finite matrix entries up to which branch and bound is worth trying on the whole."""
-DUAL_SHARE = 0.25
+DUAL_SHARE = 0.15
 """Part of the time that the first ascent may take once a choice fits."""
 PATIENCE_SHARE = 0.5
 """Part of the time after which a choice is sought by putting memory first."""
@@ -37,9 +39,10 @@ SEARCH_STEPS = 300
 """Neighbourhoods when there is no time limit."""
 MARGIN_SHARE = 0.3
 """Neighbourhoods leave out strategies whose regret exceeds this share of the gap."""
-REFRESH_STEPS = 40
-"""Neighbourhoods between two returns to the dual."""
-REFRESH_ROUNDS = 10
+GUIDE_EVERY = 40
+"""Steps between two looks at the dual's regrets."""
+NEIGHBOURHOOD_EVERY = 3
+"""Every so many steps a neighbourhood follows the merge."""
 MEMORY_FIRST = 1e-3
 """Weight of the costs when any choice that fits is wanted."""
 
@@ -77,7 +80,7 @@ class Anytime:
         if not self.work.nodes():
             found = exact.search(self.work)
             if found.choice is not None:
-                self._take_inner(found.choice, found.bound, found.bound)
+                self.take_inner(found.choice, found.bound, found.bound)
             self.status = found.status
             return
         small = self.try_exact and cells(self.work) <= SMALL_CELLS
@@ -91,7 +94,7 @@ class Anytime:
             return
         if small and self.clock.limited and self._exact(self.clock.share(EXACT_SHARE)):
             return
-        self._neighbourhoods(dual)
+        self._improve(dual)
 
     # ---- phases -----------------------------------------------------------------------------
 
@@ -101,14 +104,14 @@ class Anytime:
             self.work, clock=clock, nodes=self.work_limit, upper=self.cost, seed=self.seed
         )
         if found.choice is not None:
-            self._take_inner(found.choice, self.work.price(found.choice), found.bound)
+            self.take_inner(found.choice, self.work.price(found.choice), found.bound)
         if found.status == "optimal":
             self.status = "optimal"
             return True
         if found.status == "infeasible":
             self.status = "infeasible" if self.choice is None else "optimal"
             return True
-        self._take(None, np.inf, found.bound)
+        self.take(None, np.inf, found.bound)
         return False
 
     def _ascend(self, dual: Dual) -> None:
@@ -116,7 +119,7 @@ class Anytime:
         rounds = DUAL_ROUNDS if self.work_limit is None else min(self.work_limit, DUAL_ROUNDS)
         while not patience.over():
             dual.step()
-            self._take_dual(dual)
+            self.take_dual(dual)
             if self._closed():
                 return
             if not self.clock.limited and dual.rounds >= rounds:
@@ -132,52 +135,35 @@ class Anytime:
                 break
             dual.step()
         if dual.choice is not None:
-            self._take_inner(dual.choice, self.work.price(dual.choice), -np.inf)
+            self.take_inner(dual.choice, self.work.price(dual.choice), -np.inf)
 
-    def _neighbourhoods(self, dual: Dual) -> None:
-        state = self._state(dual)
-        steps = SEARCH_STEPS if self.work_limit is None else self.work_limit
-        while not self.clock.over() and not self._closed():
-            if not self.clock.limited and state.tried >= steps:
-                return
-            if state.step(self.clock):
-                self._take_inner(state.choice, state.cost, self.bound)
-            if state.tried % REFRESH_STEPS == 0:
-                self._refresh(dual, state)
-
-    def _state(self, dual: Dual) -> Neighbourhoods:
+    def _improve(self, dual: Dual) -> None:
+        """Dual rounds, merges and neighbourhoods in turn; each gets time as it succeeds."""
+        rng = np.random.default_rng(self.seed)
         state = Neighbourhoods(self.work, dual.profile, self.inner, self.cost, self.seed)
-        self._guide(dual, state)
-        return state
-
-    def _guide(self, dual: Dual, state: Neighbourhoods) -> None:
-        bound, regret = dual.regrets()
-        first = dual.messages.first
-        state.regret = np.split(regret, first[1:-1])
-        state.margin = MARGIN_SHARE * max(state.cost - bound, 0.0)
-        self._take(None, np.inf, dual.bound)
-
-    def _refresh(self, dual: Dual, state: Neighbourhoods) -> None:
-        for _ in range(REFRESH_ROUNDS):
-            if self.clock.over():
+        pool = Pool(self.work, dual, rng)
+        moves = Moves(self, dual, state, pool)
+        limit = SEARCH_STEPS if self.work_limit is None else self.work_limit
+        steps = 0
+        while not self.clock.over() and not self._closed():
+            if not self.clock.limited and steps >= limit:
                 return
-            dual.step()
-        self._take_dual(dual)
-        self._guide(dual, state)
+            moves.step(steps)
+            steps += 1
 
     # ---- bookkeeping ------------------------------------------------------------------------
 
-    def _take_dual(self, dual: Dual) -> None:
+    def take_dual(self, dual: Dual) -> None:
         if dual.choice is not None and dual.cost < self.cost:
-            self._take_inner(dual.choice, dual.cost, dual.bound)
-        self._take(None, np.inf, dual.bound)
+            self.take_inner(dual.choice, dual.cost, dual.bound)
+        self.take(None, np.inf, dual.bound)
 
-    def _take_inner(self, choice: Ints, cost: float, bound: float) -> None:
+    def take_inner(self, choice: Ints, cost: float, bound: float) -> None:
         """A choice of the remaining nodes."""
         self.inner = choice
-        self._take(self.work.expand(choice), cost, bound)
+        self.take(self.work.expand(choice), cost, bound)
 
-    def _take(self, choice: Ints | None, cost: float, bound: float) -> None:
+    def take(self, choice: Ints | None, cost: float, bound: float) -> None:
         better = choice is not None and cost < self.cost
         news = better or bound > self.bound
         if better:
@@ -192,6 +178,42 @@ class Anytime:
             return False
         self.status = "optimal"
         return True
+
+
+@dataclass
+class Moves:
+    """One step of improvement after the other on an `Anytime` that has a choice."""
+
+    search: Anytime
+    dual: Dual
+    state: Neighbourhoods
+    pool: Pool
+
+    def step(self, number: int) -> None:
+        """A dual round or a harvest feeds the pool, a merge uses it; at times a neighbourhood."""
+        search, state = self.search, self.state
+        if number % GUIDE_EVERY == 0:
+            self._guide()
+        if number % 2 and not self.dual.settled():
+            self.dual.step()
+            self.pool.add(self.dual.by_node(self.dual.last))
+            search.take_dual(self.dual)
+            if search.cost < state.cost:
+                state.restart(search.inner, search.cost)
+        else:
+            self.pool.harvest(state.choice)
+        better = state.over(*self.pool.union(state.choice), search.clock)
+        if number % NEIGHBOURHOOD_EVERY == NEIGHBOURHOOD_EVERY - 1 and not search.clock.over():
+            better = state.step(search.clock) or better
+        if better:
+            search.take_inner(state.choice, state.cost, search.bound)
+
+    def _guide(self) -> None:
+        """Regrets for the neighbourhoods, and the bound that comes with them."""
+        bound, regret = self.dual.regrets()
+        self.state.regret = self.dual.split(regret)
+        self.state.margin = MARGIN_SHARE * max(self.state.cost - bound, 0.0)
+        self.search.take(None, np.inf, self.dual.bound)
 
 
 def cells(work: Work) -> int:

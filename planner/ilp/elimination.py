@@ -82,16 +82,16 @@ def _table(
 ) -> NDArray[np.float64]:  # fmt: skip
     """Everything that involves the node and has not been summed before."""
     table = np.zeros([work.size(m) for m in axes])
-    table += _spread(work.costs[step.node], (step.node,), axes)
+    table += spread(work.costs[step.node], (step.node,), axes)
     for m, cost in work.adj[step.node].items():
         if rank[m] > at:
-            table += _spread(cost, (step.node, m), axes)
+            table += spread(cost, (step.node, m), axes)
     for scope, message in messages:
-        table += _spread(message, scope, axes)
+        table += spread(message, scope, axes)
     return table
 
 
-def _spread(array: Vector, own: tuple[int, ...], axes: tuple[int, ...]) -> NDArray[np.float64]:
+def spread(array: Vector, own: tuple[int, ...], axes: tuple[int, ...]) -> NDArray[np.float64]:
     """`array` with axes `own` as one that broadcasts over `axes`."""
     order = sorted(range(len(own)), key=lambda k: axes.index(own[k]))
     moved = np.transpose(array, order)

@@ -14,7 +14,6 @@ recent choices did not fit.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,6 +35,7 @@ FIRST_TARGET = 0.3
 """The first target is this share above the best bound."""
 CLOSER = 0.6
 """Factor on the distance of the target when STALLED rounds brought no progress."""
+LAST_TARGET = 1e-6
 STALLED = 8
 MEMORY_OF_LOADS = 0.7
 """Weight of the past in the smoothed overload."""
@@ -69,6 +69,7 @@ class Dual:
         self.best_prices = np.zeros(points)
         self.extra = np.zeros(points)
         self.average: Vector | None = None
+        self.last: Ints = np.zeros(len(self.messages.nodes), dtype=np.int64)
         self.distance = FIRST_TARGET
         self.stalled = 0
         self.unit = self.work.limit if np.isfinite(self.work.limit) and self.work.limit > 0 else 1.0
@@ -107,11 +108,11 @@ class Dual:
         x = np.zeros(self.messages.labels)
         x[self.messages.first[:-1] + at] = 1.0
         load = self.profile.load(x)
+        self.last = at
         price = self.rounding.cost(at) + self.work.offset
         if price < self.cost and self.profile.fits(load):
             self.cost = price
-            self.choice = np.zeros(self.work.original, dtype=np.int64)
-            self.choice[self.messages.nodes] = at
+            self.choice = self.by_node(at)
         return load
 
     def _try_extra(self, cost: Vector, load: Vector) -> None:
@@ -147,6 +148,26 @@ class Dual:
         step = min((target - bound) / norm, longest) / self.unit
         self.prices = np.maximum(0.0, self.prices + step * slope)
 
+    def settled(self) -> bool:
+        """Whether the target has come so close that more rounds hardly move the bound."""
+        return self.distance < LAST_TARGET
+
+    # ---- views ------------------------------------------------------------------------------
+
+    def by_node(self, at: Ints) -> Ints:
+        """A choice indexed by node, from one by position."""
+        choice = np.zeros(self.work.original, dtype=np.int64)
+        choice[self.messages.nodes] = at
+        return choice
+
+    def split(self, labels: Vector) -> list[Vector]:
+        """Per-label values as one vector per node (empty for nodes that are gone)."""
+        parts: list[Vector] = [np.zeros(0)] * self.work.original
+        first = self.messages.first[1:-1]
+        for n, part in zip(self.messages.nodes, np.split(labels, first), strict=True):
+            parts[n] = part
+        return parts
+
     # ---- what the dual knows ----------------------------------------------------------------
 
     def regrets(self, sweeps: int = 3) -> tuple[float, Vector]:
@@ -170,9 +191,3 @@ class Dual:
             m.send(batch, belief)
         self.bound = max(self.bound, bound)
         return bound, regret
-
-
-def ascend(dual: Dual, enough: Callable[[Dual], bool]) -> None:
-    """Rounds until `enough` says so."""
-    while not enough(dual):
-        dual.step()

@@ -43,6 +43,7 @@ class Neighbourhoods:
     cost: float
     seed: int = 0
     regret: list[Vector] | None = None
+    """Per node and strategy; None: unknown."""
     margin: float = np.inf
     size: float = FIRST_SIZE
     tried: int = 0
@@ -54,12 +55,20 @@ class Neighbourhoods:
         self.nodes = np.array(self.work.nodes(), dtype=np.int64)
         self.load = self.profile.load_of(self.choice)
 
+    def restart(self, choice: Ints, cost: float) -> None:
+        """Another incumbent, which fits."""
+        self.choice, self.cost, self.load = choice, cost, self.profile.load_of(choice)
+
     def step(self, clock: Clock) -> bool:
         """Tries one neighbourhood; True if the incumbent became better."""
-        free = self._pick()
-        allowed = self._allowed()
+        return self.over(self._pick(), self._allowed(), clock, resize=True)
+
+    def over(
+        self, free: list[int], allowed: list[Mask] | None, clock: Clock, *, resize: bool = False
+    ) -> bool:
+        """Solves over these nodes and strategies; True if the incumbent became better."""
         part = restrict(self.work, self.choice, self.load, free, allowed)
-        better = self._solve(part, clock)
+        better = self._solve(part, clock, resize)
         self.tried += 1
         if better is None:
             return False
@@ -71,7 +80,7 @@ class Neighbourhoods:
         self.found += 1
         return True
 
-    def _solve(self, part: Part, clock: Clock) -> Ints | None:
+    def _solve(self, part: Part, clock: Clock, resize: bool) -> Ints | None:
         try:
             presolve(part.work)
             search = exact.search(
@@ -80,9 +89,10 @@ class Neighbourhoods:
             )  # fmt: skip
         except Infeasible:
             return None
-        done = search.status in ("optimal", "infeasible")
-        factor = GROW if done else SHRINK
-        self.size = float(np.clip(self.size * factor, SMALLEST, min(LARGEST, len(self.nodes))))
+        if resize:
+            done = search.status in ("optimal", "infeasible")
+            largest = min(LARGEST, len(self.nodes))
+            self.size = float(np.clip(self.size * (GROW if done else SHRINK), SMALLEST, largest))
         if search.choice is None:
             return None
         return part.merge(self.choice, part.work.expand(search.choice))
@@ -102,9 +112,7 @@ class Neighbourhoods:
         """Half uniform, half by what the dual regrets in the present strategies."""
         if self.regret is None:
             return None
-        weight = np.array(
-            [r[self.choice[n]] for r, n in zip(self.regret, self.nodes.tolist(), strict=True)]
-        )
+        weight = np.array([self.regret[n][self.choice[n]] for n in self.nodes.tolist()])
         weight = np.minimum(weight, self.margin)
         if weight.sum() <= 0:
             return None
@@ -133,7 +141,4 @@ class Neighbourhoods:
         """Strategies within the margin of regret; now and then all."""
         if self.regret is None or self.rng.random() < 0.1:
             return None
-        allowed: list[Mask] = [np.zeros(0, dtype=bool)] * self.work.original
-        for r, n in zip(self.regret, self.nodes.tolist(), strict=True):
-            allowed[n] = r <= self.margin
-        return allowed
+        return [r <= self.margin for r in self.regret]

@@ -124,6 +124,8 @@ def test_work_prices_and_loads_like_the_referee(problem: Problem, seed: int) -> 
     for n in work.nodes():
         choice[n] = rng.integers(0, work.size(n))
     priced = evaluate(problem, work.expand(choice))
+    if work.price(choice) == np.inf:  # a pair that presolve forbids because another is no worse
+        return
     assert work.price(choice) == pytest.approx(priced.cost, rel=1e-12, abs=1e-15)
     load = work.load(choice)
     fits = load.max(initial=0.0) <= work.limit
