@@ -33,6 +33,7 @@ from numpy.typing import ArrayLike
 
 from meshes import Chip, canonical_dtype
 
+_REGISTER_ROWS = 8  # a TPU vector register holds 8 x 128 words (scaling-book, "tpus")
 _ITEM_BYTES = {"f8": 1, "i8": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8}
 
 
@@ -71,17 +72,34 @@ def matmul_seconds(
     `dtype` is that of the operands, and of the result unless `result_dtype` is given. Zero
     if a size is zero. Raises ValueError for negative sizes or an unknown dtype.
     """
+    table = efficiency(chip.efficiency)
+    return matmul_with(table, chip, batch, m, n, k, dtype=dtype, result_dtype=result_dtype)
+
+
+def matmul_with(
+    table: Efficiency,
+    chip: Chip,
+    batch: ArrayLike,
+    m: ArrayLike,
+    n: ArrayLike,
+    k: ArrayLike,
+    *,
+    dtype: str,
+    result_dtype: str | None = None,
+) -> float | np.ndarray:
+    """matmul_seconds with another table than the chip's own: what a fit varies."""
     sizes = [np.asarray(x, dtype=float) for x in (batch, m, n, k)]
     if any(np.any(x < 0) for x in sizes):
         raise ValueError("matmul sizes must not be negative")
     b, rows, columns, inner = np.broadcast_arrays(*sizes)
     item, result_item = _item_bytes(dtype), _item_bytes(result_dtype or dtype)
     traffic = b * (item * (rows * inner + inner * columns) + result_item * rows * columns)
-    table = efficiency(chip.efficiency)
     memory = traffic / (chip.hbm_bytes_per_s * table.memory)
     peak = chip.peak_flops(dtype)
     if chip.matrix_unit.kind == "mxu":
-        seconds = _systolic(table, peak, b, rows, columns, inner, memory, result_item)
+        arithmetic = _padded_flops(chip, b, rows, columns, inner) / (peak * table.compute)
+        results = b * rows * columns * _by_item(table.result_s, result_item)
+        seconds = _overlapped(table, arithmetic, memory, results)
     else:
         seconds = _tiled(chip, table, peak, b, rows, columns, inner, memory)
     seconds = np.where(b * rows * columns * inner > 0, seconds, 0.0)
@@ -107,19 +125,23 @@ def stream_seconds(
     return float(seconds) if seconds.ndim == 0 else seconds
 
 
-def _systolic(
-    table: Efficiency,
-    peak: float,
-    b: np.ndarray,
-    m: np.ndarray,
-    n: np.ndarray,
-    k: np.ndarray,
-    memory: np.ndarray,
-    result_item: int,
+def _padded_flops(
+    chip: Chip, b: np.ndarray, m: np.ndarray, n: np.ndarray, k: np.ndarray
+) -> np.ndarray:
+    """FLOPs of a systolic array: k and the longer of m, n fill whole tiles.
+
+    The compiler streams the shorter side, eight rows (one vector register) at a time.
+    """
+    tile = chip.matrix_unit.tile
+    streamed = np.ceil(np.minimum(m, n) / _REGISTER_ROWS) * _REGISTER_ROWS
+    held = np.ceil(np.maximum(m, n) / tile[1]) * tile[1]
+    return 2 * b * streamed * held * np.ceil(k / tile[2]) * tile[2]
+
+
+def _overlapped(
+    table: Efficiency, arithmetic: np.ndarray, memory: np.ndarray, results: np.ndarray
 ) -> np.ndarray:
     """TPU: three overlapping kinds of work, see the module's head."""
-    arithmetic = 2 * b * m * n * k / (peak * table.compute)
-    results = b * m * n * _by_item(table.result_s, result_item)
     third, second, largest = np.sort(np.stack([arithmetic, memory, results]), axis=0)
     drain = np.minimum(second, table.drain_s) + np.minimum(third, table.drain_s)
     return table.overhead_s + largest + drain

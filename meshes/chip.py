@@ -56,7 +56,6 @@ class Chip:
     hbm_bytes: float
     usable_bytes: float
     hbm_bytes_per_s: float
-    stream_efficiency: float
     vector_flops: float
     clock_hz: float
     launch_s: float

@@ -8,8 +8,8 @@ from meshes.topology import KINDS, Dimension
 
 CHIP_KEYS = (
     "name", "family", "device_kind", "devices_per_chip", "peak_flops", "hbm_bytes", "usable_bytes",
-    "hbm_bytes_per_s", "stream_efficiency", "vector_flops", "clock_hz", "launch_s", "matrix_unit",
-    "efficiency", "overlap",
+    "hbm_bytes_per_s", "vector_flops", "clock_hz", "launch_s", "matrix_unit", "efficiency",
+    "overlap",
 )  # fmt: skip
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 DIMENSION_KEYS = ("name", "size", "kind", "bytes_per_s", "latency_s", "curve")
@@ -42,7 +42,6 @@ def read_chip(section: Section, name: str, base: Chip | None = None) -> Chip:
         hbm_bytes=hbm,
         usable_bytes=usable,
         hbm_bytes_per_s=share("hbm_bytes_per_s", base.hbm_bytes_per_s if base else None),
-        stream_efficiency=_fraction(section, base.stream_efficiency if base else None),
         vector_flops=share("vector_flops", base.vector_flops if base else None),
         clock_hz=section.positive("clock_hz", base.clock_hz if base else None),
         launch_s=section.number("launch_s", base.launch_s if base else None),
@@ -50,13 +49,6 @@ def read_chip(section: Section, name: str, base: Chip | None = None) -> Chip:
         efficiency=section.text("efficiency", base.efficiency if base else None),
         overlap=_overlap(section, base),
     )
-
-
-def _fraction(section: Section, old: float | None) -> float:
-    value = section.positive("stream_efficiency", old)
-    if value > 1:
-        raise section.error("stream_efficiency is a fraction of hbm_bytes_per_s, at most 1")
-    return value
 
 
 def _peaks(section: Section, per: int, base: Chip | None) -> tuple[tuple[str, float], ...]:

@@ -95,8 +95,9 @@ class Builder:
                 Tensor(full, tuple(shape), self.param_dtype, tuple(dims), "parameter")
             )
         full = self.unique(name)
+        own = full + "[i]" * self._depth()
         inner = self.declare(
-            Tensor(full + "[i]", tuple(shape), self.param_dtype, tuple(dims), "parameter")
+            Tensor(own, tuple(shape), self.param_dtype, tuple(dims), "parameter")
         )
         outer = self.parent._adopt(full, (self.times, *shape), ("layers", *dims))
         self.reads.append(Stack(outer, inner))
@@ -104,14 +105,19 @@ class Builder:
 
     def _adopt(self, full: str, shape: tuple[int, ...], dims: tuple[str, ...]) -> str:
         """A stacked parameter of an inner scope, declared by this one."""
+        if dims.count("repeats") > 1:  # the names of dimensions are distinct
+            raise GraphError(f"{full}: parameters can be stacked by two repeats, not by three")
         tensor = Tensor(full, shape, self.param_dtype, dims, "parameter")
         if self.parent is None:
             self.inputs.append(full)
             return self.declare(tensor)
-        inner = self.declare(replace(tensor, name=full + "[i]"))
+        inner = self.declare(replace(tensor, name=full + "[i]" * self._depth()))
         outer = self.parent._adopt(full, (self.times, *shape), ("repeats", *dims))
         self.reads.append(Stack(outer, inner))
         return inner
+
+    def _depth(self) -> int:
+        return 0 if self.parent is None else 1 + self.parent._depth()
 
     def use(self, name: str) -> str:
         """`name` in the compute dtype: parameters are cast once per scope, others unchanged."""

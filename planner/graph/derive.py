@@ -192,6 +192,7 @@ class LoopBackward:
     outer: Backward
     loop: Loop
     cotangents: Mapping[str, str]
+    sources: dict[str, str] = field(default_factory=dict)  # result → whose cotangent it is
 
     def run(self) -> None:
         loop, outer = self.loop, self.outer
@@ -236,7 +237,8 @@ class LoopBackward:
         for entry, (init, name) in carries.items():
             exit_ = inner.take(entry) or _zeros(scope, entry)
             exit_ = _own(scope, exit_, name)
-            loop_carries.append(self._carry(init, name, exit_, f"{entry}.grad.out"))
+            forward = next(k.init for k in self.loop.carries if k.entry == entry)
+            loop_carries.append(self._carry(init, name, exit_, f"{entry}.grad.out", forward))
         for shared in wanted_shared:
             gradient = inner.take(shared)
             if gradient is not None:
@@ -253,9 +255,7 @@ class LoopBackward:
         nodes = recomputed + [rename_node(n, rename) for n in nodes]
         tensors = _tensors_of(nodes, scope, rename, reads, loop_carries)
         self._emit(nodes, tensors, loop_carries, reads, writes, passed)
-        outer.augmented[self.loop.name] = replace(
-            self.loop, writes=(*self.loop.writes, *saved.writes)
-        )
+        outer.augmented[self.loop.name] = saved.forward()
 
     def _emit(
         self,
@@ -276,25 +276,15 @@ class LoopBackward:
         )
         for name in shared:
             b.lookup(name)
-        for carry, forward in zip(carries, self._carried(carries), strict=True):
-            self.outer.add(forward, carry.result)
-        for write in writes:
-            source = write.outer.removesuffix(".grad")
-            self.outer.add(source, write.outer)
+        for result in (*(c.result for c in carries), *(w.outer for w in writes)):
+            self.outer.add(self.sources[result], result)
 
-    def _carried(self, carries: Sequence[Carry]) -> list[str]:
-        """The outer forward tensor whose cotangent each backward carry holds."""
-        entries = {f"{k.entry}.grad.out": k.init for k in self.loop.carries}
-        return [
-            next((init for key, init in entries.items() if c.result.startswith(key)), None)
-            or c.result.removesuffix(".grad.out")
-            for c in carries
-        ]
-
-    def _carry(self, init: str, entry: str, exit_: str, result: str) -> Carry:
+    def _carry(self, init: str, entry: str, exit_: str, result: str, forward: str) -> Carry:
+        """A carry whose outer result is the cotangent of the outer tensor `forward`."""
         b = self.outer.b
         full = b.unique(result)
         b.declare(replace(b.lookup(init), name=full))
+        self.sources[full] = forward
         return Carry(init, entry, exit_, full)
 
     def _accumulate(self, scope: Builder, shared: str, gradient: str) -> Carry:
@@ -308,12 +298,13 @@ class LoopBackward:
             f"{gradient}.sum", [(entry, labels), (gradient, labels)], labels,
             ex.add(ex.x(0), ex.x(1)), dtype=tensor.dtype,
         )  # fmt: skip
-        return self._carry(init, entry, total, f"{shared}.grad.out")
+        return self._carry(init, entry, total, f"{shared}.grad.out", shared)
 
     def _write(self, scope: Builder, stack: Stack, gradient: str) -> Stack:
         b = self.outer.b
         outer = b.lookup(stack.outer)
         name = b.unique(f"{stack.outer}.grad")
+        self.sources[name] = stack.outer
         b.declare(
             Tensor(name, outer.shape, scope.lookup(gradient).dtype, outer.dims, "gradient")
         )
@@ -349,7 +340,7 @@ class Saved:
     ) -> tuple[list[Node], dict[str, str], list[Stack], list[str]]:
         """(recomputed nodes, renamings, stacks read, outer tensors shared) of the body."""
         body = self.loop.body
-        producers = {o: n for n in body.nodes for o in n.outs}
+        producers = {o: n for n in body.nodes for o in self._augmented(n).outs}
         entries = {k.entry for k in self.loop.carries}
         slices = {s.inner: s for s in self.loop.reads}
         cheap = self._parameter_only(slices)
@@ -373,17 +364,28 @@ class Saved:
                 reads[name] = Stack(self._stack(name), name + AGAIN)
             elif name in producers:
                 again[producers[name].name] = producers[name]
-                pending.extend(self.inner.augmented.get(producers[name].name, producers[name]).ins)
+                pending.extend(self._augmented(producers[name]).ins)
             elif name not in self.scope.tensors or name in self.loop.shared:
                 shared[name] = None
         ordered = [n for n in body.nodes if n.name in again]
         for node in ordered:
-            augmented = self.inner.augmented.get(node.name, node)
-            rename.update({o: o + AGAIN for o in augmented.outs})
-        copies = [
-            _recompute(self.inner.augmented.get(n.name, n), rename) for n in ordered
-        ]
+            rename.update({o: o + AGAIN for o in self._augmented(node).outs})
+        copies = [_recompute(self._augmented(n), rename) for n in ordered]
         return copies, rename, list(reads.values()), list(shared)
+
+    def _augmented(self, node: Node) -> Node:
+        """An inner loop with the stacks that its own backward loop reads; ops as they are."""
+        return self.inner.augmented.get(node.name, node)
+
+    def forward(self) -> Loop:
+        """The loop with all stacks saved; inner loops hand theirs on, to be stacked again."""
+        body = self.loop.body
+        inner = {s.inner for s in self.writes} - set(body.tensors)
+        if inner:
+            tensors = {**body.tensors, **{n: self.scope.lookup(n) for n in inner}}
+            nodes = tuple(self._augmented(n) for n in body.nodes)
+            body = replace(body, tensors=tensors, nodes=nodes)
+        return replace(self.loop, body=body, writes=(*self.loop.writes, *self.writes))
 
     def _parameter_only(self, slices: Mapping[str, Stack]) -> set[str]:
         """Tensors computed from parameters alone: recomputing them costs no activations."""
@@ -395,11 +397,13 @@ class Saved:
         return found
 
     def _saves(self, producer: Node, cheap: set[str]) -> bool:
-        if isinstance(producer, Loop) or set(producer.outs) <= cheap:
+        if set(producer.outs) <= cheap:
             return False
         policy = self.inner.policy
         if policy == "none":
             return True
+        if isinstance(producer, Loop):
+            return policy != "full"  # what an inner loop saves or results in is not redone
         if policy == "dots":
             return contraction_sizes(producer) is not None and any(i in cheap for i in producer.ins)
         if policy == "attention":
@@ -408,11 +412,12 @@ class Saved:
 
     def _stack(self, name: str) -> str:
         """The stacked outer copy of a body tensor, declared on first use."""
-        t = self.loop.body.tensors[name]
+        t = self.scope.lookup(name)
         stack = f"{name}.saved"
         if stack not in self.outer.tensors:
             shape = (self.loop.times, *t.shape)
-            self.outer.declare(Tensor(stack, shape, t.dtype, ("layers", *t.dims), "residual"))
+            dim = "repeats" if "layers" in t.dims else "layers"
+            self.outer.declare(Tensor(stack, shape, t.dtype, (dim, *t.dims), "residual"))
             self.writes.append(Stack(stack, name))
         return stack
 
@@ -425,17 +430,19 @@ def _attention_core(op: Op) -> bool:
     )
 
 
-def _recompute(node: Node, rename: Mapping[str, str]) -> Node:
+def _recompute(node: Node, rename: Mapping[str, str], depth: int = 1) -> Node:
+    """A copy of `node`, which lies `depth` - 1 loops inside what is recomputed."""
     copy = rename_node(node, rename)
     if isinstance(copy, Op):
         return replace(copy, phase="recompute", origin=node.name)
-    return _recompute_loop(copy)
+    return _recompute_loop(replace(copy, name=node.name + AGAIN * depth), depth + 1)
 
 
-def _recompute_loop(loop: Loop) -> Loop:
-    """Every name inside a recomputed inner loop gets the suffix, so that names stay unique."""
-    own = {n: n + AGAIN for n in loop.body.tensors}
-    nodes = tuple(_recompute(n, own) for n in loop.body.nodes)
+def _recompute_loop(loop: Loop, depth: int) -> Loop:
+    """Every name inside a recomputed inner loop gets a suffix of its own: the inner loop's
+    backward body holds copies with a shorter one."""
+    own = {n: n + AGAIN * depth for n in loop.body.tensors}
+    nodes = tuple(_recompute(n, own, depth) for n in loop.body.nodes)
     tensors = {own[n]: replace(t, name=own[n]) for n, t in loop.body.tensors.items()}
     return replace(
         loop, body=Graph(tensors, nodes), phase="recompute",
@@ -455,8 +462,11 @@ def rename_node(node: Node, names: Mapping[str, str]) -> Node:
         outs = tuple(new(o) for o in node.outs)
         name = outs[0] if node.outs[0] in names else node.name
         return replace(node, name=name, ins=tuple(new(i) for i in node.ins), outs=outs)
+    passed = {s: names[s] for s in node.shared if s in names}  # the body reads it by this name
+    nodes = tuple(rename_node(n, passed) for n in node.body.nodes) if passed else node.body.nodes
     return replace(
         node,
+        body=replace(node.body, nodes=nodes),
         name=node.name + (AGAIN if any(o in names for o in node.outs) else ""),
         carries=tuple(
             Carry(new(k.init), k.entry, k.exit, new(k.result)) for k in node.carries

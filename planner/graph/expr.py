@@ -233,8 +233,23 @@ def substitute(e: Expr, args: Mapping[int, Expr], factors: Mapping[str, str] | N
 
 
 def operations(e: Expr) -> int:
-    """Number of scalar operations in `e`: the vector-unit work at one point."""
-    return 0 if _leaf(e) else 1 + sum(operations(part) for part in e[1:])
+    """Number of different scalar operations in `e`: the vector-unit work at one point.
+
+    A subexpression that occurs twice is computed once, as every compiler does.
+    """
+    found: set[Expr] = set()
+    pending = [e]
+    while pending:
+        part = pending.pop()
+        if not _leaf(part) and part not in found:
+            found.add(part)
+            pending.extend(part[1:])
+    return len(found)
+
+
+def size(e: Expr) -> int:
+    """Number of nodes of `e` as a tree."""
+    return 1 if _leaf(e) else 1 + sum(size(part) for part in e[1:])
 
 
 def product_of(e: Expr) -> tuple[int, ...] | None:

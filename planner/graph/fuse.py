@@ -16,6 +16,7 @@ from planner.graph.builder import contraction_sizes, linear_groups
 from planner.graph.core import Dims, Factor, Graph, Loop, Node, Op, Rule, Tensor
 
 MAX_OPERANDS = 10  # a fused op reads at most this many arrays
+MAX_SIZE = 400  # and its expression, a tree that doubles with every reuse, has this many nodes
 
 
 def fuse_graph(graph: Graph) -> Graph:
@@ -82,6 +83,7 @@ def _absorb(
             merged = _merge(producer, op) if _fusible(producer, op) else None
             if merged is not None:
                 readers[name] = -1
+                readers.subtract(set(producer.ins) & set(op.ins))  # two readers became one
                 op, changed = merged, True
                 break
     return op
@@ -126,6 +128,8 @@ def _merge(producer: Op, reader: Op) -> Op | None:
         for i, (t, d) in enumerate(zip(reader.ins, reader.rule.ins, strict=True))
     }
     exprs = tuple(ex.substitute(e, slots) for e in reader.attrs["exprs"])
+    if sum(map(ex.size, exprs)) > MAX_SIZE:
+        return None
     return _rebuilt(reader, operands, exprs)
 
 

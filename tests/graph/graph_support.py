@@ -125,14 +125,15 @@ def concat_twice(b: Builder) -> str:
 def normed(norm: str) -> Callable[[Builder], str]:
     def build(b: Builder) -> str:
         x = b.param("x", (2, 3, 3, 4), ("B", "H", "W", "C"))
-        scale, bias = b.param("scale", (4,), ("C",)), b.param("bias", (4,), ("C",))
+        scale = b.param("scale", (4,), ("C",))
+        if norm == "rms":
+            return weighted_sum(b, layers.rms_norm(b, x, scale))
+        bias = b.param("bias", (4,), ("C",))
         if norm == "group":
             return weighted_sum(b, layers.group_norm(b, x, scale, bias, 2))
         if norm == "batch":
             return weighted_sum(b, layers.batch_norm(b, x, scale, bias))
-        if norm == "layer":
-            return weighted_sum(b, layers.layer_norm(b, x, scale, bias))
-        return weighted_sum(b, layers.rms_norm(b, x, scale))
+        return weighted_sum(b, layers.layer_norm(b, x, scale, bias))
 
     return build
 
@@ -208,6 +209,54 @@ def conv_blocks(b: Builder) -> str:
     return weighted_sum(b, structural.concat(b, [up, h], "C", label="CC"))
 
 
+def nested_loops(b: Builder) -> str:
+    """A loop in a loop, with activations of both outer scopes read by the inner one."""
+    memory = b.pointwise("memory", ("tanh", ex.x(0)), b.param("enc", (2, 3), ("B", "D")))
+    x = b.param("x0", (2, 3), ("B", "D"))
+    both = ("B", "D")
+    r = b.repeat("outer", 2)
+    entry = r.enter(x)
+    h = r.einsum("B D, D E -> B E", entry, r.param("w", (3, 3), ("D", "E")), name="h")
+    h = r.map("h2", [(h, both), (memory, both)], both, ("tanh", ex.mul(ex.x(0), ex.x(1))))
+    s = r.repeat("inner", 3)
+    inner = s.enter(h)
+    g = s.einsum("B D, D E -> B E", inner, s.param("v", (3, 3), ("D", "E")), name="g")
+    value = ex.add(("tanh", ex.x(0)), ex.mul(ex.x(1), ex.x(2)))
+    out = s.map("g2", [(g, both), (memory, both), (h, both)], both, value)
+    (h,) = s.end_repeat([(h, inner, out)])
+    (x,) = r.end_repeat([(x, entry, r.pointwise("sum", ex.add(ex.x(0), ex.x(1)), h, entry))])
+    return weighted_sum(b, x)
+
+
+def shared_by_two_loops(b: Builder) -> str:
+    """A parameter and an activation that two loops read whole; a carry that stays as it is."""
+    bias, x = b.param("bias", (3,), ("D",)), b.param("x0", (2, 3), ("B", "D"))
+    y = b.param("y0", (2, 3), ("B", "D"))
+    m = b.pointwise("m", ("tanh", ex.x(0)), bias)
+    for name in ("first", "second"):
+        r = b.repeat(name, 2)
+        entry, other = r.enter(x), r.enter(y)
+        both = ("B", "D")
+        value = ("tanh", ex.add(ex.mul(ex.x(0), ex.x(1)), ex.mul(ex.x(2), ex.x(3))))
+        operands = [(entry, both), (r.use(bias), ("D",)), (m, ("D",)), (other, both)]
+        out = r.map("out", operands, both, value)
+        x, y = r.end_repeat([(x, entry, out), (y, other, other)])
+    return weighted_sum(b, x)
+
+
+def swapped_carries(b: Builder) -> str:
+    """Two values that trade places in every iteration."""
+    x, y = b.param("x0", (2, 3), ("B", "D")), b.param("y0", (2, 3), ("B", "D"))
+    r = b.repeat("loop", 3)
+    a, c = r.enter(x), r.enter(y)
+    w = r.use(r.param("w", (3,), ("D",)))
+    value = ("tanh", ex.add(ex.mul(ex.x(0), ex.x(2)), ex.x(1)))
+    both = ("B", "D")
+    out = r.map("out", [(a, both), (c, both), (w, ("D",))], both, value)
+    x, y = r.end_repeat([(x, a, out), (y, c, a)])
+    return weighted_sum(b, b.pointwise("product", ex.mul(ex.x(0), ex.x(1)), x, y))
+
+
 IMAGE = (2, 5, 4, 4)
 CASES: dict[str, Callable[[Builder], str]] = {
     "conv": on_two(IMAGE, (3, 3, 4, 2), windows.conv),
@@ -264,6 +313,9 @@ CASES: dict[str, Callable[[Builder], str]] = {
     "classifier": classifier,
     "maximum": maximum,
     "conv blocks": conv_blocks,
+    "nested loops": nested_loops,
+    "shared by two loops": shared_by_two_loops,
+    "swapped carries": swapped_carries,
 }
 
 
@@ -287,7 +339,7 @@ def check_gradients(step: Graph, seed: int = 0, h: float = 1e-5) -> None:
     """Every parameter's gradient against a central difference along a random direction."""
     inputs = reference.random_inputs(step, seed)
     found = gradients(step, inputs)
-    assert found
+    assert found.keys() == {t.name for t in step.parameters()}
     for name, gradient in found.items():
         direction = np.random.default_rng(seed + 1).normal(size=gradient.shape)
         above = loss_of(step, {**inputs, name: inputs[name] + h * direction})

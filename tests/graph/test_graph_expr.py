@@ -127,4 +127,6 @@ def test_products_are_recognised() -> None:
 def test_operations_are_counted() -> None:
     assert ex.operations(X) == 0
     assert ex.operations(ex.silu(X)) == 2
+    assert ex.operations(ex.square(("tanh", X))) == 2  # tanh is computed once
+    assert ex.size(ex.square(("tanh", X))) == 5
     assert ex.operations(ex.add(ex.mul(X, Y), ("exp", X))) == 3

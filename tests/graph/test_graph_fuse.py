@@ -12,7 +12,7 @@ from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph.builder import Builder, contraction_sizes
 from planner.graph.core import Graph, Op
-from planner.graph.fuse import MAX_OPERANDS, fuse_graph
+from planner.graph.fuse import MAX_OPERANDS, MAX_SIZE, fuse_graph
 
 SIZE = 3  # of every dimension, so that any tensor can be read under any labels
 
@@ -82,6 +82,26 @@ def test_what_is_read_twice_or_kept_stays() -> None:
     assert len(fuse_graph(b.graph(["a", last])).nodes) == 2
     b.pointwise("c", ("neg", ex.x(0)), "a")
     assert len(fuse_graph(b.graph([last, "c"])).nodes) == 3
+
+
+def test_a_diamond_becomes_one_op() -> None:
+    """Once its reader is merged, what both read has one reader left."""
+    b, last = chain()
+    b.pointwise("c", ("add", ex.x(0), ex.x(1)), last, "a")
+    fused = fuse_graph(b.graph(["c"]))
+    assert [n.ins for n in fused.nodes] == [("x",)]
+
+
+def test_expressions_stay_small() -> None:
+    """Every silu reads its operand twice: thirty in a row would have 2³⁰ nodes."""
+    b = Builder()
+    x = b.input("x", (4,), ("S",), "f32")
+    for _ in range(30):
+        x = b.pointwise("silu", ex.silu(ex.x(0)), x)
+    fused = fuse_graph(b.graph([x]))
+    sizes = [ex.size(n.attrs["exprs"][0]) for n in fused.nodes if isinstance(n, Op)]
+    assert max(sizes) <= MAX_SIZE
+    assert 1 < len(sizes) < 30
 
 
 def test_contractions_keep_their_operands() -> None:

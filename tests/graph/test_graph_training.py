@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 from graph_support import CASES, Arrays, gradients, model, step_of, transformer
@@ -27,11 +30,14 @@ def assert_same(found: Arrays, expected: Arrays) -> None:
         np.testing.assert_allclose(found[name], array, rtol=1e-9, atol=1e-11, err_msg=name)
 
 
+LOOPS = ["conv blocks", "nested loops", "shared by two loops", "swapped carries"]
+
+
 # ---- rematerialisation ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", [p for p in REMAT_POLICIES if p != "none"])
-@pytest.mark.parametrize("case", ["transformer", "conv blocks"])
+@pytest.mark.parametrize("case", ["transformer", *LOOPS])
 def test_remat_changes_no_value(case: str, policy: str) -> None:
     def step(remat: str) -> Graph:
         if case == "transformer":
@@ -39,6 +45,7 @@ def test_remat_changes_no_value(case: str, policy: str) -> None:
         return step_of(CASES[case], remat=remat)
 
     plain, again = step("none"), step(policy)
+    assert len(plain.parameters()) + 1 == len(plain.outputs)
     inputs = reference.random_inputs(plain)
     assert_same(results(again, inputs), results(plain, inputs))
 
@@ -75,10 +82,40 @@ def test_policies_save_what_they_say() -> None:
     assert sizes["full"] < sizes["dots"] < sizes["none"]
 
 
-def test_recomputed_ops_name_their_original_and_stay_unique() -> None:
+@pytest.mark.parametrize("policy", REMAT_POLICIES)
+@pytest.mark.parametrize("case", ["transformer", *LOOPS])
+def test_names_are_unique_over_all_loops(case: str, policy: str) -> None:
+    if case == "transformer":
+        step = training_step(transformer(remat=policy, accumulation_steps=2))
+    else:
+        step = step_of(CASES[case], remat=policy, accumulation_steps=2)
+    assert [n for n, count in Counter(op.name for op, _ in step.walk()).items() if count > 1] == []
+    tensors = Counter(name for graph in bodies(step) for name in graph.tensors)
+    assert [n for n, count in tensors.items() if count > 1] == []
+    loops = Counter(n.name for g in bodies(step) for n in g.nodes if isinstance(n, Loop))
+    assert [n for n, count in loops.items() if count > 1] == []
+
+
+def bodies(graph: Graph) -> Iterator[Graph]:
+    yield graph
+    for node in graph.nodes:
+        if isinstance(node, Loop):
+            yield from bodies(node.body)
+
+
+@pytest.mark.parametrize("policy", ["none", "dots", "attention"])
+def test_inner_loops_are_recomputed_only_if_nothing_is_saved(policy: str) -> None:
+    step = step_of(CASES["nested loops"], remat=policy)
+    loops = [n.name for g in bodies(step) for n in g.nodes if isinstance(n, Loop)]
+    assert loops == ["outer", "outer.bwd", "outer.inner", "outer.inner.bwd"]
+    full = step_of(CASES["nested loops"], remat="full")
+    assert "outer.inner~" in [
+        n.name for g in bodies(full) for n in g.nodes if isinstance(n, Loop)
+    ]
+
+
+def test_recomputed_ops_name_their_original() -> None:
     step = training_step(transformer(remat="full"))
-    names = [op.name for op, _ in step.walk()]
-    assert len(set(names)) == len(names)
     forward = {op.name for op, _ in step.walk() if op.phase == "forward"}
     assert recomputed(step) <= forward
 

@@ -1,0 +1,147 @@
+"""One op under one assignment of mesh axes to factors: the strategies of the search.
+
+A `Choice` says which axes split which factor, and which axes hold unreduced sums that pass
+through a linear op. Operand and result specs, and the local op, follow from it and the rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from math import prod
+
+from planner.graph.builder import contraction_sizes
+from planner.graph.core import Dims, Factor, Op, Rule
+from planner.spec import Sizes, Spec
+
+WHOLE_KINDS = ("blocked", "window")  # factors that no axis may split
+WHOLE_NAMES = ("layers", "repeats", "micro")  # stacked dimensions stay whole
+
+
+@dataclass(frozen=True)
+class Choice:
+    """`split[f]`: axes over factor f, major first. `passed`: (linear group, axes) pairs."""
+
+    split: tuple[tuple[str, ...], ...]
+    passed: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        return tuple(a for axes in self.split for a in axes)
+
+    def operand(self, rule: Rule, i: int) -> Spec:
+        """The spec in which operand i must be given."""
+        partial = [a for group, axes in self.passed if i in rule.linear[group] for a in axes]
+        return Spec(self._dims(rule.ins[i]), tuple(sorted(partial)))
+
+    def result(self, rule: Rule, k: int, mesh_order: Sequence[str]) -> Spec:
+        """The spec of result k as computed: split reduce factors leave partial sums."""
+        partial = {a for _, axes in self.passed for a in axes}
+        for factor, axes in zip(rule.factors, self.split, strict=True):
+            if factor.kind == "reduce":
+                partial.update(axes)
+        return Spec(self._dims(rule.outs[k]), tuple(a for a in mesh_order if a in partial))
+
+    def _dims(self, dims: Dims) -> tuple[tuple[str, ...], ...]:
+        return tuple(tuple(a for f in d for a in self.split[f]) for d in dims)
+
+    def local(self, op: Op, sizes: Sizes) -> Op:
+        """The op as one device runs it: factors divided by their axes."""
+        factors = tuple(
+            Factor(f.name, f.size // prod(sizes[a] for a in axes), f.kind)
+            for f, axes in zip(op.rule.factors, self.split, strict=True)
+        )
+        return replace(op, rule=replace(op.rule, factors=factors))
+
+    def describe(self, rule: Rule) -> str:
+        parts = [
+            f"{f.name}:{'+'.join(axes)}"
+            for f, axes in zip(rule.factors, self.split, strict=True)
+            if axes
+        ]
+        parts += [f"partial:{'+'.join(axes)}" for _, axes in self.passed]
+        return " ".join(parts) or "replicated"
+
+
+@dataclass(frozen=True)
+class OpChoices:
+    """All choices of one op on one mesh, with their specs."""
+
+    op: Op
+    sizes: tuple[tuple[str, int], ...]
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        return tuple(enumerate_choices(self.op, dict(self.sizes)))
+
+    def operand_specs(self, i: int) -> list[Spec]:
+        return [c.operand(self.op.rule, i) for c in self.choices]
+
+    def result_specs(self, k: int) -> list[Spec]:
+        order = [a for a, _ in self.sizes]
+        return [c.result(self.op.rule, k, order) for c in self.choices]
+
+
+def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
+    """Every assignment of each axis to one factor, one linear group, or nothing."""
+    rule = op.rule
+    options: list[int | None | tuple[int]] = [None]
+    options += [i for i, f in enumerate(rule.factors) if _splittable(f)]
+    options += [(g,) for g, group in enumerate(rule.linear) if _passes(op, group)]
+    partial: list[Choice] = [Choice(((),) * len(rule.factors))]
+    for axis, size in sizes.items():
+        if size == 1:
+            continue
+        grown = []
+        for option in options:
+            for choice in partial:
+                added = _with_axis(choice, axis, option)
+                if _divides(rule, added, sizes):
+                    grown.append(added)
+        partial = grown
+    yield from (c for c in partial if _orderly(rule, c, sizes))
+
+
+def _splittable(factor: Factor) -> bool:
+    return (
+        factor.kind not in WHOLE_KINDS and factor.name not in WHOLE_NAMES and factor.size > 1
+    )
+
+
+def _passes(op: Op, group: Sequence[int]) -> bool:
+    """Partial sums pass through unary linear ops and through sums of all their operands."""
+    return len(group) == len(op.ins) and contraction_sizes(op) is None
+
+
+def _with_axis(choice: Choice, axis: str, option: int | None | tuple[int]) -> Choice:
+    if option is None:
+        return choice
+    if isinstance(option, int):
+        split = tuple((*a, axis) if i == option else a for i, a in enumerate(choice.split))
+        return Choice(split, choice.passed)
+    group = option[0]
+    passed = dict(choice.passed)
+    passed[group] = (*passed.get(group, ()), axis)
+    return Choice(choice.split, tuple(sorted(passed.items())))
+
+
+def _divides(rule: Rule, choice: Choice, sizes: Sizes) -> bool:
+    return all(
+        f.size % prod(sizes[a] for a in axes) == 0
+        for f, axes in zip(rule.factors, choice.split, strict=True)
+    )
+
+
+def _orderly(rule: Rule, choice: Choice, sizes: Sizes) -> bool:
+    """In a dimension made of several factors a minor one may be split only if every factor
+    before it is split completely; else shards would not be contiguous."""
+    for dims in (*rule.ins, *rule.outs):
+        for dim in dims:
+            whole = True
+            for f in dim:
+                if choice.split[f] and not whole:
+                    return False
+                parts = prod(sizes[a] for a in choice.split[f])
+                whole = whole and parts == rule.factors[f].size
+    return True

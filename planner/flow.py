@@ -1,0 +1,464 @@
+"""How values flow through a Graph: where specs are chosen and where conversions may happen.
+
+The one structure that the ILP formulation and lowering share. A *place* is a point where a
+tensor has one spec: a result or operand of an op (following the op's choice), or a *home*, a
+materialised tensor with a spec of its own (parameters, carries, stacks, tensors read more than
+once, and the copy that a group of readers shares). A *conversion* leads from place to place.
+Homes and conversions know when they occupy memory, in steps of the flattened schedule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from planner.graph.core import Graph, Loop, Node, Op, Tensor
+from planner.spec import Spec
+
+Interval = tuple[int, int]  # half-open, in steps
+
+
+@dataclass(frozen=True)
+class Place:
+    """`kind`: "result" or "operand" of op `op` at position `slot`, "home" with id `home`, or
+    "fixed" with `spec`. `lead`: leading whole dimensions dropped from the home's spec."""
+
+    kind: str
+    op: str = ""
+    slot: int = 0
+    home: int = -1
+    lead: int = 0
+    spec: Spec | None = None
+
+
+@dataclass
+class Home:
+    """A materialised tensor. `shape` is of the whole (outermost, stacked) tensor; its first
+    `lead` dimensions stay whole. `live`: where it occupies `1/slices` of its bytes."""
+
+    id: int
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    lead: int
+    partial: bool
+    category: str
+    live: list[tuple[Interval, int]] = field(default_factory=list)
+    pin: Spec | None = None
+
+
+@dataclass
+class Conversion:
+    """A possible resharding, executed `times` times a step in schedule step `at`.
+
+    If the specs differ, extra memory is taken at `at` (intermediates, and what `extra` says:
+    the "result", the "source", or "none"), and the result's bytes during `overlap`.
+    """
+
+    source: Place
+    target: Place
+    tensor: str
+    shape: tuple[int, ...]
+    dtype: str
+    times: int
+    at: int
+    kind: str
+    extra: str = "result"
+    overlap: Interval | None = None
+    reduce: str = "sum"
+    phase: str = "forward"
+
+
+@dataclass
+class OpSite:
+    """An op in the schedule. `held[k]`: how long result k itself occupies memory (if no home
+    takes it over at once)."""
+
+    op: Op
+    step: int
+    times: int
+    held: dict[int, Interval] = field(default_factory=dict)
+
+
+@dataclass
+class LoopSite:
+    loop: Loop
+    enter: int
+    stop: int
+    times: int
+    copies: dict[str, int] = field(default_factory=dict)  # shared tensor → home inside
+
+
+@dataclass
+class Flow:
+    graph: Graph
+    sites: dict[str, OpSite] = field(default_factory=dict)
+    loops: dict[str, LoopSite] = field(default_factory=dict)
+    homes: list[Home] = field(default_factory=list)
+    conversions: list[Conversion] = field(default_factory=list)
+    home_of: dict[str, tuple[int, int]] = field(default_factory=dict)  # tensor → (home, lead)
+    steps: int = 0
+
+
+
+def build_flow(graph: Graph, pins: Mapping[str, Spec]) -> Flow:
+    """The flow of a training-step graph; tensors in `pins` always get a home of that spec."""
+    flow = Flow(graph)
+    flow.steps = _number(flow, graph.nodes, 0, 1)
+    builder = _FlowBuilder(flow, pins)
+    builder.outermost()
+    return flow
+
+
+def _number(flow: Flow, nodes: Iterable[Node], step: int, times: int) -> int:
+    for node in nodes:
+        if isinstance(node, Op):
+            flow.sites[node.name] = OpSite(node, step, times)
+            step += 1
+            continue
+        enter = step
+        step = _number(flow, node.body.nodes, step + 1, times * node.times)
+        flow.loops[node.name] = LoopSite(node, enter, step, times)
+    return step
+
+
+@dataclass
+class _Use:
+    """Somebody needs a tensor of a scope at `target` in step `at`; `group` keys shared copies."""
+
+    target: Place
+    at: int
+    kind: str
+    group: str
+    live_to: int  # the reader keeps reading until this step (exclusive)
+
+
+@dataclass
+class _Scope:
+    graph: Graph
+    tensors: Mapping[str, Tensor]
+    times: int
+    start: int
+    stop: int
+    sources: dict[str, Place] = field(default_factory=dict)
+    uses: dict[str, list[_Use]] = field(default_factory=dict)
+    ends: dict[str, int] = field(default_factory=dict)  # must live until here in any case
+
+    def use(self, tensor: str, use: _Use) -> None:
+        self.uses.setdefault(tensor, []).append(use)
+
+
+READER_GROUPS = {"recompute": "backward"}  # one shared copy serves both phases
+COPY_CATEGORY = "collective_buffers"
+ROLE_CATEGORIES = {
+    "parameter": "parameters", "state": "optimizer", "gradient": "gradients",
+    "residual": "activations", "input": "activations", "activation": "activations",
+}  # fmt: skip
+
+
+class _FlowBuilder:
+    """Walks scopes outside in; see the module docstring for what it makes."""
+
+    def __init__(self, flow: Flow, pins: Mapping[str, Spec]) -> None:
+        self.flow = flow
+        self.pins = pins
+        self.tensors = flow.graph.all_tensors()
+        self.held: set[int] = set()  # homes whose memory a conversion already accounts for
+
+    # ---- scopes -------------------------------------------------------------------------
+
+    def outermost(self) -> None:
+        graph = self.flow.graph
+        scope = _Scope(graph, graph.tensors, 1, 0, self.flow.steps)
+        for name in graph.inputs:
+            home = self.home(name, stacked=self._stack_depth(name))
+            home.live.append(((0, self.flow.steps), 1))
+            scope.sources[name] = self.place(name)
+        for out in graph.outputs:
+            self._output(scope, out)
+        self.scope(scope)
+
+    def _output(self, scope: _Scope, out: str) -> None:
+        alias = self.flow.graph.aliases.get(out)
+        if alias is not None:
+            scope.use(out, _Use(self.place(alias), -1, "alias", "", 0))
+            return
+        whole = Spec(((),) * len(self.tensors[out].shape))
+        scope.use(out, _Use(Place("fixed", spec=whole), -1, "output", "", 0))
+        scope.ends[out] = self.flow.steps
+
+    def _stack_depth(self, name: str) -> int:
+        """Leading dimensions along which loops slice this tensor."""
+        depth = 0
+        for site in self.flow.loops.values():
+            for stack in (*site.loop.reads, *site.loop.writes):
+                if stack.outer == name:
+                    depth = max(depth, 1 + self._stack_depth(stack.inner))
+        return depth
+
+    def scope(self, scope: _Scope) -> None:
+        for node in scope.graph.nodes:
+            if isinstance(node, Op):
+                self._op_uses(scope, node)
+            else:
+                self._loop_uses(scope, node)
+        for name in dict.fromkeys((*scope.sources, *scope.uses)):
+            if name in scope.sources:
+                self._connect_source(scope, name)
+        for node in scope.graph.nodes:
+            if isinstance(node, Loop):
+                self._body(scope, node)
+
+    def _op_uses(self, scope: _Scope, op: Op) -> None:
+        site = self.flow.sites[op.name]
+        for k, out in enumerate(op.outs):
+            scope.sources[out] = Place("result", op.name, k)
+        group = READER_GROUPS.get(op.phase, op.phase)
+        for i, name in enumerate(op.ins):
+            target = Place("operand", op.name, i)
+            scope.use(name, _Use(target, site.step, "use", group, site.step + 1))
+
+    def _loop_uses(self, scope: _Scope, loop: Loop) -> None:
+        site = self.flow.loops[loop.name]
+        for carry in loop.carries:
+            home = self.home(carry.entry, names=(carry.result,), category="activations")
+            scope.use(
+                carry.init, _Use(Place("home", home=home.id), site.enter, "carry", "", site.enter + 1)
+            )
+            scope.sources[carry.result] = Place("home", home=home.id)
+        for stack in loop.writes:
+            home = self.home(stack.outer, stacked=self._stack_depth(stack.outer))
+            scope.sources[stack.outer] = self.place(stack.outer)
+        for stack in loop.reads:
+            use = _Use(self.place_or_new(stack.outer), site.enter, "read", "", site.stop)
+            scope.use(stack.outer, use)
+        for name in loop.shared:
+            tensor = self.tensors[name]
+            home = self.new_home(
+                name, tensor.shape, tensor.dtype, 0, False, COPY_CATEGORY
+            )
+            site.copies[name] = home.id
+            scope.use(
+                name, _Use(Place("home", home=home.id), site.enter, "shared", "", site.stop)
+            )
+
+    def _body(self, outer: _Scope, loop: Loop) -> None:
+        site = self.flow.loops[loop.name]
+        inner = _Scope(
+            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop
+        )
+        for stack in loop.reads:
+            home, lead = self.flow.home_of[stack.outer]
+            self.flow.home_of[stack.inner] = (home, lead + 1)
+            inner.sources[stack.inner] = Place("home", home=home, lead=lead + 1)
+        for carry in loop.carries:
+            inner.sources[carry.entry] = self.place(carry.entry)
+            inner.use(carry.exit, _Use(self.place(carry.entry), -1, "exit", "", 0))
+        for name, home_id in site.copies.items():
+            inner.sources[name] = Place("home", home=home_id)
+            self.held.add(home_id)
+        for stack in loop.writes:
+            home, lead = self.flow.home_of[stack.outer]
+            inner.use(stack.inner, _Use(Place("home", home=home, lead=lead + 1), -1, "write", "", 0))
+        self.scope(inner)
+
+    # ---- homes ----------------------------------------------------------------------------
+
+    def home(
+        self, name: str, *, names: Sequence[str] = (), stacked: int = 0, category: str = ""
+    ) -> Home:
+        """The home of tensor `name` (made on first call), shared with `names`."""
+        if name in self.flow.home_of:
+            return self.flow.homes[self.flow.home_of[name][0]]
+        t = self.tensors[name]
+        kind = category or ROLE_CATEGORIES[t.role]
+        home = self.new_home(name, t.shape, t.dtype, stacked, False, kind)
+        for n in (name, *names):
+            self.flow.home_of[n] = (home.id, 0)
+        return home
+
+    def new_home(
+        self, name: str, shape: tuple[int, ...], dtype: str, lead: int, partial: bool, category: str
+    ) -> Home:
+        home = Home(len(self.flow.homes), name, shape, dtype, lead, partial, category)
+        pin = self.pins.get(name)
+        if pin is not None and len(pin.dims) + lead == len(shape):
+            home.pin = Spec(((),) * lead + pin.dims)
+        self.flow.homes.append(home)
+        return home
+
+    def place(self, name: str) -> Place:
+        home, lead = self.flow.home_of[name]
+        return Place("home", home=home, lead=lead)
+
+    def place_or_new(self, name: str) -> Place:
+        if name not in self.flow.home_of:
+            self.home(name, stacked=self._stack_depth(name))
+        return self.place(name)
+
+    # ---- connections ------------------------------------------------------------------------
+
+    def _connect_source(self, scope: _Scope, name: str) -> None:
+        uses = scope.uses.get(name, [])
+        source = scope.sources[name]
+        if source.kind == "result":
+            self._connect_result(scope, name, source, uses)
+        else:
+            self._connect_home(scope, name, source, uses)
+
+    def _connect_result(
+        self, scope: _Scope, name: str, source: Place, uses: list[_Use]
+    ) -> None:
+        site = self.flow.sites[source.op]
+        start = site.step
+        stack = any(u.kind == "read" for u in uses)
+        if len(uses) == 1 and not stack and name not in self.pins:
+            use = uses[0]
+            at = start if use.at < 0 else use.at
+            stop = max(at + 1, scope.ends.get(name, 0))
+            if use.kind != "alias":
+                site.held[source.slot] = (start, stop)
+            extra = "source" if use.kind == "alias" else "result"
+            self._convert(scope, name, source, use, (start, stop), extra, producer=site)
+            return
+        if not uses:
+            site.held[source.slot] = (start, start + 1)
+            return
+        t = self.tensors[name]
+        if stack:
+            home = self.home(name, stacked=self._stack_depth(name))
+        else:
+            # A maximum is not a sum: its partial results are combined where they arise.
+            partial = site.op.rule.combiner == "sum" and name not in self.pins
+            home = self.new_home(name, t.shape, t.dtype, 0, partial, ROLE_CATEGORIES[t.role])
+            self.flow.home_of[name] = (home.id, 0)
+        place = Place("home", home=home.id)
+        self.flow.conversions.append(
+            Conversion(
+                source, place, name, t.shape, t.dtype, site.times, start, "home", "source",
+                reduce=site.op.rule.combiner, phase=site.op.phase,
+            )  # fmt: skip
+        )
+        self._fan_out(scope, name, place, uses, start)
+
+    def _connect_home(self, scope: _Scope, name: str, source: Place, uses: list[_Use]) -> None:
+        start = scope.start
+        for site in self.flow.loops.values():
+            if any(k.result == name for k in site.loop.carries):
+                start = site.stop  # occupied inside the loop by the carry itself
+            elif any(s.outer == name for s in site.loop.writes):
+                start = site.enter
+                scope.ends[name] = max(scope.ends.get(name, 0), site.stop)
+        if uses or name in scope.ends:
+            self._fan_out(scope, name, source, uses, start)
+
+    def _fan_out(
+        self, scope: _Scope, name: str, source: Place, uses: list[_Use], start: int
+    ) -> None:
+        """Connects a home with its readers, through one shared copy per group of readers."""
+        groups: dict[str, list[_Use]] = {}
+        for use in uses:
+            if use.kind == "use":
+                groups.setdefault(use.group, []).append(use)
+        others = [u for u in uses if u.kind != "use"]
+        own = self.flow.sites[scope.sources[name].op] if scope.sources[name].kind == "result" else None
+        storage = own is None
+        copied = {
+            g for g, us in groups.items() if len(us) > 1 and (storage or len(groups) + len(others) > 1)
+        }
+        stop = max(
+            [start + 1, scope.ends.get(name, 0)]
+            + [u.live_to if u.kind == "read" else max(u.at, start) + 1 for u in others]
+            + [u.at + 1 for g, us in groups.items() if g not in copied for u in us]
+            + [min(u.at for u in us) + 1 for g, us in groups.items() if g in copied]
+        )
+        live = (start, stop)
+        if not self._argument(name, source):
+            self._occupy(source, name, live)
+        else:
+            live = (0, self.flow.steps)
+        for use in others:
+            if use.kind != "read":
+                extra = "none" if use.kind == "alias" else "result"
+                self._convert(scope, name, source, use, live, extra, producer=own)
+        for group, members in groups.items():
+            if group in copied:
+                self._copy(scope, name, source, members, live)
+                continue
+            for use in members:
+                self._convert(scope, name, source, use, live, "result", producer=own)
+
+    def _argument(self, name: str, source: Place) -> bool:
+        """Whether something else accounts for the home: inputs live all the time, a slice is
+        a view of its stack, a loop's copy is held by its conversion."""
+        return (
+            source.lead > 0 or source.home in self.held or name in self.flow.graph.inputs
+        )
+
+    def _occupy(self, source: Place, name: str, live: Interval) -> None:
+        if live[1] > live[0]:
+            self.flow.homes[source.home].live.append((live, 1))
+
+    def _copy(
+        self, scope: _Scope, name: str, source: Place, members: list[_Use], live: Interval
+    ) -> None:
+        t = self.tensors[name]
+        partial = self.flow.homes[source.home].partial
+        home = self.new_home(f"{name}@{members[0].group}", t.shape, t.dtype, 0, partial, COPY_CATEGORY)
+        first, last = min(u.at for u in members), max(u.at for u in members) + 1
+        place = Place("home", home=home.id)
+        use = _Use(place, first, "copy", members[0].group, last)
+        self._convert(scope, name, source, use, live, "result", producer=None)
+        for member in members:
+            self._convert(
+                scope, name, place, member, (first, last), "result", producer=None
+            )
+
+    def _convert(
+        self,
+        scope: _Scope,
+        name: str,
+        source: Place,
+        use: _Use,
+        live: Interval,
+        extra: str,
+        producer: OpSite | None,
+    ) -> None:
+        """One conversion and the memory its result takes; `live`: the source's lifetime."""
+        t = self.tensors[name]
+        at = use.at if use.at >= 0 else (producer.step if producer else live[1] - 1)
+        times = scope.times
+        phase = producer.op.phase if producer else "forward"
+        if use.kind == "use":
+            phase = self.flow.sites[use.target.op].op.phase
+        overlap = None
+        until = self._result_until(scope, use, at)
+        if until > at + 1:
+            overlap = self._hold(use.target, (at + 1, until), live)
+        self.flow.conversions.append(
+            Conversion(
+                source, use.target, name, t.shape, t.dtype, times, at, use.kind, extra, overlap,
+                reduce=producer.op.rule.combiner if producer else "sum", phase=phase,
+            )  # fmt: skip
+        )
+
+    def _result_until(self, scope: _Scope, use: _Use, at: int) -> int:
+        """When the converted value is needed no more (by the target's own accounting)."""
+        if use.kind in ("copy", "shared"):
+            return use.live_to
+        if use.kind == "exit":
+            return scope.stop
+        if use.kind == "carry":
+            return at + 1  # from the first body step on the entry accounts for itself
+        return at + 1
+
+    def _hold(self, target: Place, wanted: Interval, live: Interval) -> Interval | None:
+        """Where both live a copy costs only if it differs; alone it costs its bytes."""
+        both = (max(wanted[0], live[0]), min(wanted[1], live[1]))
+        home = self.flow.homes[target.home]
+        if both[1] <= both[0]:
+            home.live.append((wanted, 1))
+            return None
+        if both[1] < wanted[1]:
+            home.live.append(((both[1], wanted[1]), 1))
+        return both

@@ -1,0 +1,290 @@
+"""The sharding ILP of one training step, in the problem class of `planner.ilp`.
+
+Nodes      one per op (its strategies are its choices; an op and its recomputation are one
+           node) and one per home (its strategies are the specs of the tensor).   _op_nodes,
+           _home_nodes
+Node cost  executions × seconds of the lowered kernel.                            _op_nodes
+Edges      one per pair of nodes that a conversion joins; cost = executions × seconds of the
+           resharding path between the two strategies' specs, inf if there is none. _edges
+Memory     at a schedule step t: results waiting for their reader (op usage), live homes (home
+           usage), and what conversions take at t. The last depends on both ends, so such a
+           conversion becomes a node of its own, whose strategies are pairs of specs.  _usages
+
+Only the steps in `active` get a memory constraint. The caller adds steps where the lowered
+program exceeds the limit until it does so nowhere: a solution of the relaxed problem that fits
+is an optimum of the whole one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.pricing import kernel_seconds, move_seconds
+from costmodels.program import ITEM_BYTES
+from meshes import LogicalMesh
+from planner.choices import Choice, OpChoices
+from planner.flow import Conversion, Flow, Home, Interval, Place
+from planner.ilp import Edge, Problem, Usage
+from planner.lower_op import lower_op
+from planner.plan import Plan, Proof
+from planner.reshard import Resharder
+from planner.spec import Spec, all_specs
+
+Array = NDArray[np.float64]
+Key = tuple[str, int | str]  # ("op", name) or ("home", id)
+
+
+class Unsatisfiable(ValueError):
+    """Pins leave a tensor or an op without any strategy."""
+
+
+@dataclass
+class Space:
+    """The strategies of every node of a flow on a mesh, priced: everything that does not
+    depend on the memory limit."""
+
+    flow: Flow
+    mesh: LogicalMesh
+    network_weight: float = 1.0
+    resharder: Resharder = field(init=False)
+    keys: list[Key] = field(init=False, default_factory=list)
+    choices: dict[str, tuple[Choice, ...]] = field(init=False, default_factory=dict)
+    specs: dict[int, tuple[Spec, ...]] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.sizes = dict(self.mesh.axes)
+        self.tensors = self.flow.graph.all_tensors()
+        self.resharder = Resharder(
+            self.sizes, lambda kind, axes, size: move_seconds(self.mesh, kind, axes, size)
+        )
+        self._costs: dict[Key, Array] = {}
+        self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
+        self._op_nodes()
+        self._home_nodes()
+        self.number = {key: i for i, key in enumerate(self.keys)}
+        self._edge_costs = self._edges()
+
+    # ---- nodes ------------------------------------------------------------------------------
+
+    def _op_nodes(self) -> None:
+        for site in self.flow.sites.values():
+            op = site.op
+            name = op.origin or op.name
+            key: Key = ("op", name)
+            if key not in self._costs:
+                self.keys.append(key)
+                self.choices[name] = OpChoices(op, self.mesh.axes).choices
+                self._costs[key] = np.zeros(len(self.choices[name]))
+            kernels = (
+                lower_op(op, choice, self.tensors, self.sizes) for choice in self.choices[name]
+            )
+            self._costs[key] += site.times * np.array(
+                [kernel_seconds(self.mesh.chip, k) for k in kernels]
+            )
+
+    def _home_nodes(self) -> None:
+        for home in self.flow.homes:
+            key: Key = ("home", home.id)
+            self.keys.append(key)
+            self.specs[home.id] = home_specs(home, self.sizes)
+            self._costs[key] = np.zeros(len(self.specs[home.id]))
+
+    def key(self, place: Place) -> Key | None:
+        """The node that decides the spec at `place`; None where it is fixed."""
+        if place.kind == "home":
+            return ("home", place.home)
+        if place.kind == "fixed":
+            return None
+        op = self.flow.sites[place.op].op
+        return ("op", op.origin or op.name)
+
+    def rows(self, place: Place) -> tuple[list[Spec], NDArray[np.int64]]:
+        """Distinct specs at `place`, and for every strategy of its node the index of its own."""
+        if place not in self._rows:
+            each = self._each(place)
+            distinct = list(dict.fromkeys(each))
+            where = {spec: i for i, spec in enumerate(distinct)}
+            self._rows[place] = distinct, np.array([where[s] for s in each])
+        return self._rows[place]
+
+    def _each(self, place: Place) -> list[Spec]:
+        if place.kind == "fixed":
+            return [place.spec] if place.spec is not None else []
+        if place.kind == "home":
+            return [Spec(s.dims[place.lead :], s.partial) for s in self.specs[place.home]]
+        op = self.flow.sites[place.op].op
+        order = list(self.sizes)
+        choices = self.choices[op.origin or op.name]
+        if place.kind == "operand":
+            return [c.operand(op.rule, place.slot) for c in choices]
+        return [c.result(op.rule, place.slot, order) for c in choices]
+
+    # ---- edges ------------------------------------------------------------------------------
+
+    def spec_costs(self, c: Conversion) -> Array:
+        """Seconds of one execution of `c` for every pair of distinct source and target specs."""
+        sources, _ = self.rows(c.source)
+        targets, _ = self.rows(c.target)
+        item = ITEM_BYTES[c.dtype]
+        seconds = self.resharder.seconds
+        return np.array([[seconds(s, t, c.shape, item) for t in targets] for s in sources])
+
+    def _edges(self) -> list[tuple[Conversion, Array]]:
+        return [
+            (c, self.network_weight * c.times * self.spec_costs(c)) for c in self.flow.conversions
+        ]
+
+    # ---- the problem ------------------------------------------------------------------------
+
+    def problem(self, limit: float | None, active: Sequence[int]) -> Problem:
+        """The ILP with memory constraints at the schedule steps `active` (none: limit unused)."""
+        costs = [self._costs[key].copy() for key in self.keys]
+        merged: dict[tuple[int, int], Array] = {}
+        paired: list[tuple[Conversion, Array]] = []
+        for c, by_spec in self._edge_costs:
+            if limit is not None and self._touches(c, active):
+                paired.append((c, by_spec))
+                continue
+            self._join(costs, merged, c, by_spec)
+        usages: list[Usage] = []
+        if limit is not None:
+            usages += self._site_usages(active)
+            usages += self._home_usages(active)
+            for c, by_spec in paired:
+                self._pair_node(costs, merged, usages, c, by_spec, active)
+        edges = tuple(Edge(i, j, m) for (i, j), m in merged.items())
+        names = tuple(f"{kind}:{name}" for kind, name in self.keys)
+        return Problem(tuple(costs), edges, tuple(usages), limit, names)
+
+    def _join(
+        self, costs: list[Array], merged: dict[tuple[int, int], Array], c: Conversion, m: Array
+    ) -> None:
+        """Adds a conversion's costs between the two nodes it joins."""
+        left, right = self.key(c.source), self.key(c.target)
+        rows = self.rows(c.source)[1]
+        columns = self.rows(c.target)[1]
+        if left is None or right is None or left == right:
+            full = m[rows][:, columns]
+            if left == right:
+                costs[self.number[left]] += np.diagonal(full) if left is not None else 0.0
+            elif right is None and left is not None:
+                costs[self.number[left]] += full[:, 0]
+            return
+        _add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
+
+    def _touches(self, c: Conversion, active: Iterable[int]) -> bool:
+        lo, hi = c.overlap or (0, 0)
+        return any(t == c.at or lo <= t < hi for t in active)
+
+    def _site_usages(self, active: Sequence[int]) -> list[Usage]:
+        found = []
+        for site in self.flow.sites.values():
+            op = site.op
+            for k, interval in site.held.items():
+                points = _points(interval, active)
+                if points:
+                    place = Place("result", op.name, k)
+                    t = self.tensors[op.outs[k]]
+                    amount = self._bytes(place, t.shape, t.dtype)
+                    node = self.number["op", op.origin or op.name]
+                    found += [Usage(node, p, p + 1, amount) for p in points]
+        return found
+
+    def _home_usages(self, active: Sequence[int]) -> list[Usage]:
+        found = []
+        for home in self.flow.homes:
+            amount = self._bytes(Place("home", home=home.id), home.shape, home.dtype)
+            for interval, slices in home.live:
+                found += [
+                    Usage(self.number["home", home.id], p, p + 1, amount / slices)
+                    for p in _points(interval, active)
+                ]
+        return found
+
+    def _bytes(self, place: Place, shape: Sequence[int], dtype: str) -> Array:
+        specs, rows = self.rows(place)
+        item = ITEM_BYTES[dtype]
+        local = np.array([float(prod(s.local_shape(shape, self.sizes)) * item) for s in specs])
+        return local[rows]
+
+    def _pair_node(
+        self, costs: list[Array], merged: dict[tuple[int, int], Array], usages: list[Usage],
+        c: Conversion, by_spec: Array, active: Sequence[int],
+    ) -> None:  # fmt: skip
+        """A conversion whose memory counts: one strategy per possible pair of specs."""
+        sources, rows = self.rows(c.source)
+        targets, columns = self.rows(c.target)
+        pairs = np.argwhere(np.isfinite(by_spec))
+        node = len(costs)
+        costs.append(by_spec[pairs[:, 0], pairs[:, 1]])
+        for key, own, which in ((self.key(c.source), rows, 0), (self.key(c.target), columns, 1)):
+            if key is None:
+                continue
+            allowed = np.where(own[:, None] == pairs[None, :, which], 0.0, np.inf)
+            _add_edge(merged, self.number[key], node, allowed)
+        at_step, held = self._pair_bytes(c, [sources[i] for i in pairs[:, 0]],
+                                         [targets[j] for j in pairs[:, 1]])
+        lo, hi = c.overlap or (0, 0)
+        for p, t in enumerate(active):
+            if t == c.at:
+                usages.append(Usage(node, p, p + 1, at_step))
+            elif lo <= t < hi:
+                usages.append(Usage(node, p, p + 1, held))
+
+    def _pair_bytes(
+        self, c: Conversion, sources: Sequence[Spec], targets: Sequence[Spec]
+    ) -> tuple[Array, Array]:
+        item = ITEM_BYTES[c.dtype]
+        at_step, held = [], []
+        for s, t in zip(sources, targets, strict=True):
+            between, result = self.resharder.extra_bytes(s, t, c.shape, item)
+            own = prod(s.local_shape(c.shape, self.sizes)) * item
+            extra = {"result": result, "source": own if s != t else 0, "none": 0}[c.extra]
+            at_step.append(float(between + extra))
+            held.append(float(result))
+        return np.array(at_step), np.array(held)
+
+    # ---- solutions --------------------------------------------------------------------------
+
+    def plan(self, strategy: Sequence[int], proof: Proof) -> Plan:
+        """The Plan that a solution of any `problem` of this space means."""
+        choices = {
+            str(name): self.choices[str(name)][strategy[self.number[kind, name]]]
+            for kind, name in self.keys
+            if kind == "op"
+        }
+        homes = tuple(
+            self.specs[h.id][strategy[self.number["home", h.id]]] for h in self.flow.homes
+        )
+        return Plan(self.mesh.axes, choices, homes, proof)
+
+
+def home_specs(home: Home, sizes: Mapping[str, int]) -> tuple[Spec, ...]:
+    """Candidate specs of a home: all even ones (or its pin), its stacked dimensions whole."""
+    inner = home.shape[home.lead :]
+    if home.pin is not None:
+        return (home.pin,)
+    splitting = {a: n for a, n in sizes.items() if n > 1}
+    return tuple(
+        Spec(((),) * home.lead + s.dims, s.partial)
+        for s in all_specs(inner, splitting, partial=home.partial)
+    )
+
+
+def _points(interval: Interval, active: Sequence[int]) -> list[int]:
+    """Positions in `active` of the steps inside the half-open interval."""
+    return [p for p, t in enumerate(active) if interval[0] <= t < interval[1]]
+
+
+def _add_edge(merged: dict[tuple[int, int], Array], i: int, j: int, m: Array) -> None:
+    if (j, i) in merged:
+        merged[j, i] = merged[j, i] + m.T
+    elif (i, j) in merged:
+        merged[i, j] = merged[i, j] + m
+    else:
+        merged[i, j] = m

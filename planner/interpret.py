@@ -1,0 +1,189 @@
+"""Values: runs a Program with NumPy arrays on virtual devices, one array per device.
+
+Proves that lowering is mathematically the single-device graph. Never looks at a Graph: local
+kernels carry the local op, collectives move blocks between the device arrays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.program import Block, Collective, Compute, LoopStep, Program, Step
+from planner import kernels
+from planner.spec import Spec
+
+Array = NDArray[Any]
+Device = tuple[int, ...]
+Shards = dict[Device, Array]
+
+
+def shard(array: Array, spec: Spec, axes: Sequence[tuple[str, int]]) -> Shards:
+    """Cuts a whole array into the blocks of every device."""
+    sizes = dict(axes)
+    shards = {}
+    for device in product(*(range(n) for _, n in axes)):
+        at = dict(zip(sizes, device, strict=True))
+        index = tuple(
+            _block(n, d, at, sizes) for n, d in zip(array.shape, spec.dims, strict=True)
+        )
+        shards[device] = np.array(array[index])
+    return shards
+
+
+def _block(n: int, dim: Sequence[str], at: Mapping[str, int], sizes: Mapping[str, int]) -> slice:
+    position = _position(dim, at, sizes)
+    width = n // prod(sizes[a] for a in dim)
+    return slice(position * width, (position + 1) * width)
+
+
+def _position(dim: Sequence[str], at: Mapping[str, int], sizes: Mapping[str, int]) -> int:
+    """Which block along a dimension a device holds; the first axis is major."""
+    position = 0
+    for axis in dim:
+        position = position * sizes[axis] + at[axis]
+    return position
+
+
+def unshard(shards: Shards, spec: Spec, axes: Sequence[tuple[str, int]]) -> Array:
+    """Puts the blocks together again; replicas must agree."""
+    sizes = dict(axes)
+    first = next(iter(shards.values()))
+    shape = [
+        n * prod(sizes[a] for a in d) for n, d in zip(first.shape, spec.dims, strict=True)
+    ]
+    whole = np.full(shape, np.nan)
+    for device, block in shards.items():
+        at = dict(zip(sizes, device, strict=True))
+        index = tuple(_block(n, d, at, sizes) for n, d in zip(shape, spec.dims, strict=True))
+        seen = whole[index]
+        if not np.isnan(seen).all() and not np.allclose(seen, block, rtol=1e-9, atol=1e-9):
+            raise ValueError("replicas of one block differ")
+        whole[index] = block
+    return whole
+
+
+@dataclass
+class Interpreter:
+    """Runs the blocks of `program`; `values` maps buffer ids to the arrays of all devices."""
+
+    program: Program
+
+    def __post_init__(self) -> None:
+        self.sizes = dict(self.program.axes)
+        self.names = list(self.sizes)
+        self.devices = list(product(*(range(n) for n in self.sizes.values())))
+        self.values: dict[int, Shards] = {}
+
+    def run(self, inputs: Mapping[str, Shards]) -> dict[str, Shards]:
+        for name, buffer in self.program.inputs.items():
+            self.values[buffer] = inputs[name]
+        self._block(self.program.block)
+        return {name: self.values[b] for name, b in self.program.outputs.items()}
+
+    def _block(self, block: Block) -> None:
+        for step in block:
+            if isinstance(step, Step):
+                self._step(step)
+            else:
+                self._loop(step)
+
+    def _step(self, step: Step) -> None:
+        for instruction in step.instructions:
+            if isinstance(instruction, Compute):
+                self._compute(instruction)
+            else:
+                self._collective(instruction)
+
+    def _loop(self, loop: LoopStep) -> None:
+        self._step(loop.enter)
+        for k in loop.carries:
+            self.values[k.entry] = self.values[k.init]
+        slices: dict[int, list[Shards]] = {s.outer: [] for s in loop.writes}
+        order = range(loop.times)
+        for i in reversed(order) if loop.reverse else order:
+            for s in loop.reads:
+                self.values[s.inner] = {d: a[i] for d, a in self.values[s.outer].items()}
+            self._block(loop.body)
+            for s in loop.writes:
+                slices[s.outer].append(self.values[s.inner])
+            moved = {k.entry: self.values[k.exit] for k in loop.carries}
+            self.values.update(moved)
+        for k in loop.carries:
+            self.values[k.result] = self.values[k.entry]
+        for outer, parts in slices.items():
+            ordered = parts[::-1] if loop.reverse else parts
+            self.values[outer] = {d: np.stack([p[d] for p in ordered]) for d in self.devices}
+
+    # ---- kernels ----------------------------------------------------------------------------
+
+    def _compute(self, c: Compute) -> None:
+        op = c.kernel.payload
+        sizes = {f.name: f.size for f in op.rule.factors}
+        results: list[Shards] = [{} for _ in c.outs]
+        for device in self.devices:
+            at = dict(zip(self.names, device, strict=True))
+            offsets = {
+                f: _position(axes, at, self.sizes) * sizes[f]
+                for f, axes in c.kernel.offsets.items()
+            }
+            args = [self.values[b][device] for b in c.ins]
+            for k, array in enumerate(kernels.evaluate(op, args, offsets)):
+                results[k][device] = array
+        for buffer, shards in zip(c.outs, results, strict=True):
+            expected = self.program.buffers[buffer].shape
+            if any(a.shape != expected for a in shards.values()):
+                raise ValueError(f"{c.kernel.name}: local shape differs from {expected}")
+            self.values[buffer] = shards
+
+    # ---- collectives ------------------------------------------------------------------------
+
+    def _collective(self, c: Collective) -> None:
+        shards = self.values[c.source]
+        self.values[c.result] = {d: self._moved(c, shards, d) for d in self.devices}
+
+    def _group(self, device: Device, axes: Sequence[str]) -> list[Device]:
+        """Devices that differ from `device` only on `axes`, in block order (first axis major)."""
+        where = [self.names.index(a) for a in axes]
+        found = []
+        for position in product(*(range(self.sizes[a]) for a in axes)):
+            other = list(device)
+            for i, p in zip(where, position, strict=True):
+                other[i] = p
+            found.append(tuple(other))
+        return found
+
+    def _moved(self, c: Collective, shards: Shards, device: Device) -> Array:
+        group = self._group(device, c.axes)
+        own = group.index(device)
+        if c.kind == "all-gather":
+            return np.concatenate([shards[d] for d in group], axis=c.dim)
+        if c.kind == "slice":
+            return np.split(shards[device], len(group), axis=c.dim)[own]
+        if c.kind == "mask":
+            return shards[device] if own == 0 else np.zeros_like(shards[device])
+        if c.kind == "all-to-all":
+            pieces = [np.split(shards[d], len(group), axis=c.to_dim)[own] for d in group]
+            return np.concatenate(pieces, axis=c.dim)
+        if c.kind == "collective-permute":
+            return shards[self._permuted(c, device)]
+        stacked = np.stack([shards[d] for d in group])
+        total = stacked.max(axis=0) if c.reduce == "max" else stacked.sum(axis=0)
+        if c.kind == "reduce-scatter":
+            return np.split(total, len(group), axis=c.dim)[own]
+        return total
+
+    def _permuted(self, c: Collective, device: Device) -> Device:
+        """The device that holds, in axis order `c.axes`, the block this one needs in `c.order`."""
+        at = dict(zip(self.names, device, strict=True))
+        position = _position(c.order, at, self.sizes)
+        other = dict(at)
+        for axis in reversed(c.axes):
+            position, other[axis] = divmod(position, self.sizes[axis])
+        return tuple(other[a] for a in self.names)

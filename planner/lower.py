@@ -1,0 +1,255 @@
+"""The SPMD partitioner: Graph + Plan → the Program of one device.
+
+Walks the flow of the graph in schedule order; every conversion becomes the collectives of its
+resharding path, every op its local kernel. The result is what the three readings look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from costmodels.program import (
+    ITEM_BYTES,
+    Block,
+    Buffer,
+    CarryBuffers,
+    Collective,
+    Compute,
+    Instruction,
+    LoopStep,
+    Program,
+    StackBuffers,
+    Step,
+)
+from planner.flow import Conversion, Flow, Place
+from planner.graph.core import Graph, Loop, Node, Op
+from planner.lower_op import lower_op
+from planner.plan import Plan
+from planner.reshard import FREE, Resharder, payload_elements
+from planner.spec import Spec
+
+
+def lower(flow: Flow, plan: Plan, resharder: Resharder) -> Program:
+    """The per-device program of `plan`; ValueError if a conversion is impossible."""
+    return _Lowering(flow, plan, resharder).program()
+
+
+@dataclass
+class _Lowering:
+    flow: Flow
+    plan: Plan
+    resharder: Resharder
+    buffers: dict[int, Buffer] = field(default_factory=dict)
+    at_home: dict[tuple[int, int], int] = field(default_factory=dict)  # (home, lead) → buffer
+    values: dict[str, int] = field(default_factory=dict)  # raw op results
+
+    def __post_init__(self) -> None:
+        self.sizes = self.plan.sizes
+        self.order = [a for a, _ in self.plan.axes]
+        self.tensors = self.flow.graph.all_tensors()
+        self.by_step: dict[int, list[Conversion]] = {}
+        for conversion in self.flow.conversions:
+            self.by_step.setdefault(conversion.at, []).append(conversion)
+
+    # ---- specs and buffers -------------------------------------------------------------
+
+    def spec(self, place: Place) -> Spec:
+        if place.kind == "home":
+            spec = self.plan.homes[place.home]
+            return Spec(spec.dims[place.lead :], spec.partial)
+        if place.kind == "fixed" and place.spec is not None:
+            return place.spec
+        op = self.flow.sites[place.op].op
+        choice = self.plan.choices[op.origin or op.name]
+        if place.kind == "operand":
+            return choice.operand(op.rule, place.slot)
+        return choice.result(op.rule, place.slot, self.order)
+
+    def buffer(
+        self, tensor: str, shape: Sequence[int], dtype: str, spec: Spec, category: str,
+        alias: int | None = None,
+    ) -> int:  # fmt: skip
+        local = spec.local_shape(shape, self.sizes)
+        number = len(self.buffers)
+        self.buffers[number] = Buffer(number, local, dtype, category, tensor, alias)
+        return number
+
+    def home_buffer(self, home_id: int) -> int:
+        home = self.flow.homes[home_id]
+        return self.buffer(
+            home.tensor, home.shape, home.dtype, self.plan.homes[home_id], home.category
+        )
+
+    # ---- program ------------------------------------------------------------------------
+
+    def program(self) -> Program:
+        graph = self.flow.graph
+        inputs = {}
+        for name in graph.inputs:
+            home, _ = self.flow.home_of[name]
+            inputs[name] = self.at_home[home, 0] = self.home_buffer(home)
+        self.outputs: dict[str, int] = {}
+        block = self.block(graph)
+        return Program(self.plan.axes, self.buffers, block, inputs, self.outputs)
+
+    def block(self, graph: Graph) -> Block:
+        return tuple(self.node(n) for n in graph.nodes)
+
+    def node(self, node: Node) -> Step | LoopStep:
+        return self.op_step(node) if isinstance(node, Op) else self.loop_step(node)
+
+    def op_step(self, op: Op) -> Step:
+        site = self.flow.sites[op.name]
+        here = self.by_step.get(site.step, [])
+        out: list[Instruction] = []
+        operands = [-1] * len(op.ins)
+        for c in (c for c in here if c.kind == "copy"):
+            self.at_home[c.target.home, 0] = self.convert(c, self.read(c.source), out)
+        for c in (c for c in here if c.kind == "use" and c.target.op == op.name):
+            operands[c.target.slot] = self.convert(c, self.read(c.source), out)
+        choice = self.plan.choices[op.origin or op.name]
+        kernel = lower_op(op, choice, self.tensors, self.sizes)
+        results = [self.result_buffer(op, k) for k in range(len(op.outs))]
+        out.append(Compute(kernel, tuple(operands), tuple(results), op.phase))
+        self.values.update(zip(op.outs, results, strict=True))
+        made = (c for c in here if c.kind not in ("copy", "use"))
+        for c in sorted(made, key=lambda c: c.kind != "home"):
+            self.hand_on(c, out)
+        return Step(op.name, tuple(out))
+
+    def result_buffer(self, op: Op, k: int) -> int:
+        name = op.outs[k]
+        t = self.tensors[name]
+        spec = self.spec(Place("result", op.name, k))
+        alias = self.flow.graph.aliases.get(name)
+        if alias is not None:
+            home, lead = self.flow.home_of[alias]
+            if self.plan.homes[home] != spec:
+                alias = None
+        category = self.category(name)
+        target = None if alias is None else self.at_home[self.flow.home_of[alias]]
+        return self.buffer(name, t.shape, t.dtype, spec, category, target)
+
+    def category(self, name: str) -> str:
+        role = self.tensors[name].role
+        if role in ("parameter", "state"):
+            return "temporaries"
+        if name.endswith(".grad") or ".grad_" in name:
+            return "gradients" if role == "gradient" else "temporaries"
+        return "activations" if name in self.flow.graph.tensors else "temporaries"
+
+    def hand_on(self, c: Conversion, out: list[Instruction]) -> None:
+        """After an op: its result goes home, to a carry, a stack, an alias or the outputs."""
+        result = self.convert(c, self.read(c.source), out)
+        if c.kind == "home":
+            self.at_home[c.target.home, 0] = result
+        elif c.kind in ("alias", "output"):
+            self.outputs[c.tensor] = result
+        else:  # the loop that is being lowered picks it up
+            self.leaving[c.kind, c.tensor, c.target.home] = result
+
+    def read(self, place: Place) -> int:
+        if place.kind == "home":
+            return self.at_home[place.home, place.lead]
+        op = self.flow.sites[place.op].op
+        return self.values[op.outs[place.slot]]
+
+    def convert(self, c: Conversion, source: int, out: list[Instruction]) -> int:
+        """Appends the collectives of `c`; returns the buffer that holds the target."""
+        spec, target = self.spec(c.source), self.spec(c.target)
+        path = self.resharder.path(spec, target, c.shape, ITEM_BYTES[c.dtype])
+        if path is None:
+            raise ValueError(f"no way to reshard '{c.tensor}' from {spec} to {target}")
+        for i, move in enumerate(path):
+            last = i == len(path) - 1
+            alias = None
+            if last and c.kind == "alias":
+                alias = self.at_home[c.target.home, c.target.lead]
+            category = "temporaries" if move.kind in FREE else "collective_buffers"
+            result = self.buffer(c.tensor, c.shape, c.dtype, move.result, category, alias)
+            payload = payload_elements(move, spec, c.shape, self.sizes) * ITEM_BYTES[c.dtype]
+            out.append(
+                Collective(
+                    move.kind, move.axes, source, result, payload, move.dim, move.to_dim,
+                    move.order, c.reduce, c.tensor, c.phase,
+                )  # fmt: skip
+            )
+            source, spec = result, move.result
+        return source
+
+    # ---- loops ---------------------------------------------------------------------------
+
+    def loop_step(self, loop: Loop) -> LoopStep:
+        site = self.flow.loops[loop.name]
+        enter: list[Instruction] = []
+        inits: dict[int, int] = {}
+        here = [c for c in self.by_step.get(site.enter, []) if c.kind in ("carry", "shared")]
+        copies = set(site.copies.values())
+        carried = {self.flow.home_of[k.entry][0] for k in loop.carries}
+        for c in here:
+            if c.target.home in copies:
+                self.at_home[c.target.home, 0] = self.convert(c, self.read(c.source), enter)
+            elif c.target.home in carried:
+                inits[c.target.home] = self.convert(c, self.read(c.source), enter)
+        reads, writes = self._stacks(loop)
+        entries = {}
+        for k in loop.carries:
+            home = self.flow.home_of[k.entry][0]
+            entries[home] = self.at_home[home, 0] = self.home_buffer(home)
+        outer_leaving = getattr(self, "leaving", {})
+        self.leaving: dict[tuple[str, str, int], int] = {}
+        body = self.block(loop.body)
+        carries = []
+        for k in loop.carries:
+            home = self.flow.home_of[k.entry][0]
+            exit_ = self.leaving["exit", k.exit, home]
+            result = self.home_buffer(home)
+            carries.append(CarryBuffers(inits[home], entries[home], exit_, result))
+            self.at_home[home, 0] = result
+        written = tuple(
+            StackBuffers(outer, self.leaving["write", s.inner, self.flow.home_of[s.outer][0]])
+            for s, outer in writes
+        )
+        self.leaving = outer_leaving
+        return LoopStep(
+            loop.name, loop.times, Step(f"{loop.name}.enter", tuple(enter)), body,
+            tuple(carries), reads, written, loop.reverse,
+        )  # fmt: skip
+
+    def _stacks(self, loop: Loop) -> tuple[tuple[StackBuffers, ...], list[tuple[object, int]]]:
+        reads = []
+        for s in loop.reads:
+            outer = self.at_home[self.flow.home_of[s.outer]]
+            home, lead = self.flow.home_of[s.inner]
+            inner = self.slice_buffer(s.inner, home, lead, outer)
+            self.at_home[home, lead] = inner
+            reads.append(StackBuffers(outer, inner))
+        writes: list[tuple[object, int]] = []
+        for s in loop.writes:
+            home, lead = self.flow.home_of[s.outer]
+            if (home, lead) not in self.at_home:
+                self.at_home[home, lead] = self.home_buffer(home)
+            writes.append((s, self.at_home[home, lead]))
+        return tuple(reads), writes
+
+    def slice_buffer(self, name: str, home: int, lead: int, outer: int) -> int:
+        """One slice of a stack: a view, it takes no memory of its own."""
+        spec = self.plan.homes[home]
+        t = self.tensors[name]
+        return self.buffer(
+            name, t.shape, t.dtype, Spec(spec.dims[lead:]), "temporaries", alias=outer
+        )
+
+
+def resolve_specs(flow: Flow, plan: Plan, resharder: Resharder) -> Mapping[str, Spec]:
+    """The spec in which every tensor of the graph is materialised."""
+    lowering = _Lowering(flow, plan, resharder)
+    found: dict[str, Spec] = {}
+    for name, (home, lead) in flow.home_of.items():
+        spec = plan.homes[home]
+        found[name] = Spec(spec.dims[lead:], spec.partial)
+    for site in flow.sites.values():
+        for k, out in enumerate(site.op.outs):
+            found.setdefault(out, lowering.spec(Place("result", site.op.name, k)))
+    return found

@@ -1,0 +1,59 @@
+"""Lowers one op under one choice to its local kernel: the piece that the ILP prices and the
+Program contains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from costmodels.program import ITEM_BYTES, Kernel
+from planner.choices import Choice
+from planner.graph import expr as ex
+from planner.graph.builder import contraction_sizes, volume
+from planner.graph.core import Dims, Op, Rule, Tensor
+from planner.spec import Sizes
+
+
+def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes) -> Kernel:
+    """The kernel that one device runs; `offsets` names the axes that split each factor."""
+    local = choice.local(op, sizes)
+    offsets = {
+        f.name: axes for f, axes in zip(op.rule.factors, choice.split, strict=True) if axes
+    }
+    dtype = tensors[op.ins[0] if op.ins else op.outs[0]].dtype
+    return Kernel(
+        op.name, op.kind, dtype, _moved_bytes(local, tensors), _vector_flops(local),
+        contraction_sizes(local), local, offsets,
+    )  # fmt: skip
+
+
+def local_elements(rule: Rule, dims: Dims) -> int:
+    return prod(rule.factors[f].size for d in dims for f in d)
+
+
+def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
+    """Bytes through device memory: every operand read and every result written once."""
+    rule = op.rule
+    if not op.ins:
+        return 0.0  # constants fuse into their readers
+    reads = [
+        local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
+        for t, d in zip(op.ins, rule.ins, strict=True)
+    ]
+    writes = [
+        local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
+        for t, d in zip(op.outs, rule.outs, strict=True)
+    ]
+    if op.attrs.get("onehot") == "take":
+        return float(reads[1] + 2 * writes[0])  # only the rows looked up are read
+    return float(sum(reads) + sum(writes))
+
+
+def _vector_flops(op: Op) -> float:
+    """Elementwise operations over the points that the op visits."""
+    if op.attrs.get("onehot") == "take":
+        return 0.0
+    exprs = op.attrs.get("exprs")
+    if exprs is None or contraction_sizes(op) is not None:
+        return 0.0
+    return float(volume(op.rule) * sum(max(1, ex.operations(e)) for e in exprs))

@@ -1,0 +1,37 @@
+"""A Plan: the choice of every op and the spec of every home, with what proves it.
+
+Immutable and serialisable; nothing here searches or prices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from planner.choices import Choice
+from planner.spec import Spec
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What the solver said of the surrogate objective: status, value, lower bound."""
+
+    status: str
+    objective_s: float
+    bound_s: float
+    gap: float
+    seconds: float = field(default=0.0, compare=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """`choices` by op name (recomputed ops follow their origin), `homes` by home id."""
+
+    axes: tuple[tuple[str, int], ...]
+    choices: Mapping[str, Choice]
+    homes: tuple[Spec, ...]
+    proof: Proof
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return dict(self.axes)
