@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from planner.choices import Choice
-from planner.spec import Spec
+from planner.sharding.choices import Choice
+from planner.sharding.spec import Spec
 
 
 @dataclass(frozen=True)

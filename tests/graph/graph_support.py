@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from planner import kernels, reference
+from planner.values import kernels, reference
 from planner.graph import expr as ex
 from planner.graph import layers, structural, windows
 from planner.graph.builder import Builder

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import reference
+from planner.values import reference
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph.builder import (

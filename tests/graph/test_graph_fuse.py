@@ -7,7 +7,7 @@ from graph_support import expressions, transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import reference
+from planner.values import reference
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph.builder import Builder, contraction_sizes

@@ -22,7 +22,7 @@ from graph_support import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import reference
+from planner.values import reference
 from planner.graph import structural, windows
 from planner.graph.builder import Builder
 from planner.graph.core import Op

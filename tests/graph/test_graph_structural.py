@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner import reference
+from planner.values import reference
 from planner.graph import structural
 from planner.graph.builder import Builder, GraphError
 from planner.graph.core import Op

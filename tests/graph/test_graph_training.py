@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from graph_support import CASES, Arrays, gradients, model, step_of, transformer
 
-from planner import reference
+from planner.values import reference
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph import optimizers as opt

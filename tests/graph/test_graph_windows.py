@@ -12,7 +12,7 @@ from graph_support import CASES, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner import kernels, reference
+from planner.values import kernels, reference
 from planner.graph import windows
 from planner.graph.builder import Builder, GraphError, contraction_sizes
 from planner.graph.core import Op

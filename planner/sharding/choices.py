@@ -13,7 +13,7 @@ from math import prod
 
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Dims, Factor, Op, Rule
-from planner.spec import Sizes, Spec
+from planner.sharding.spec import Sizes, Spec
 
 WHOLE_KINDS = ("blocked", "window")  # factors that no axis may split
 WHOLE_NAMES = ("layers", "repeats", "micro")  # stacked dimensions stay whole

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner import kernels
+from planner.values import kernels
 from planner.graph.core import Graph, Loop, Op
 
 Array = NDArray[Any]

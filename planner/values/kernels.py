@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner import structural_kernels, window_kernels
+from planner.values import structural_kernels, window_kernels
 from planner.graph import expr as ex
 from planner.graph.core import Op
 

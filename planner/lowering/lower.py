@@ -22,12 +22,12 @@ from costmodels.program import (
     StackBuffers,
     Step,
 )
-from planner.flow import Conversion, Flow, Place
+from planner.sharding.flow import Conversion, Flow, Place
 from planner.graph.core import Graph, Loop, Node, Op
-from planner.lower_op import lower_op
+from planner.lowering.lower_op import lower_op
 from planner.plan import Plan
-from planner.reshard import FREE, Resharder, payload_elements
-from planner.spec import Spec
+from planner.sharding.reshard import FREE, Resharder, payload_elements
+from planner.sharding.spec import Spec
 
 
 def lower(flow: Flow, plan: Plan, resharder: Resharder) -> Program:

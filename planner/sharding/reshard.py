@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from planner.spec import Sizes, Spec
+from planner.sharding.spec import Sizes, Spec
 
 # Prices a move: (kind, axes, payload bytes) → seconds.
 Pricer = Callable[[str, tuple[str, ...], float], float]

@@ -27,13 +27,13 @@ from numpy.typing import NDArray
 from costmodels.pricing import kernel_seconds, move_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
-from planner.choices import Choice, OpChoices
-from planner.flow import Conversion, Flow, Home, Interval, Place
+from planner.sharding.choices import Choice, OpChoices
+from planner.sharding.flow import Conversion, Flow, Home, Interval, Place
 from planner.ilp import Edge, Problem, Usage
-from planner.lower_op import lower_op
+from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
-from planner.reshard import Resharder
-from planner.spec import Spec, all_specs
+from planner.sharding.reshard import Resharder
+from planner.sharding.spec import Spec, all_specs
 
 Array = NDArray[np.float64]
 Key = tuple[str, int | str]  # ("op", name) or ("home", id)

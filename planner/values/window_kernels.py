@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.graph.core import Op
-from planner.structural_kernels import local_sizes
+from planner.values.structural_kernels import local_sizes
 
 Array = NDArray[Any]
 Offsets = Mapping[str, int]

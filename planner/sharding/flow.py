@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.graph.core import Graph, Loop, Node, Op, Tensor
-from planner.spec import Spec
+from planner.sharding.spec import Spec
 
 Interval = tuple[int, int]  # half-open, in steps
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from math import prod
 
 from costmodels.program import ITEM_BYTES, Kernel
-from planner.choices import Choice
+from planner.sharding.choices import Choice
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, volume
 from planner.graph.core import Dims, Op, Rule, Tensor
-from planner.spec import Sizes
+from planner.sharding.spec import Sizes
 
 
 def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes) -> Kernel:
