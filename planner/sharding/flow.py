@@ -140,6 +140,7 @@ class _Scope:
     times: int
     start: int
     stop: int
+    phase: str = "forward"
     sources: dict[str, Place] = field(default_factory=dict)
     uses: dict[str, list[_Use]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)  # must live until here in any case
@@ -245,8 +246,9 @@ class _FlowBuilder:
     def _body(self, outer: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]
         inner = _Scope(
-            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop
-        )
+            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop,
+            loop.phase,
+        )  # fmt: skip
         for stack in loop.reads:
             home, lead = self.flow.home_of[stack.outer]
             self.flow.home_of[stack.inner] = (home, lead + 1)
@@ -363,9 +365,9 @@ class _FlowBuilder:
         others = [u for u in uses if u.kind != "use"]
         own = self.flow.sites[scope.sources[name].op] if scope.sources[name].kind == "result" else None
         storage = own is None
-        copied = {
-            g for g, us in groups.items() if len(us) > 1 and (storage or len(groups) + len(others) > 1)
-        }
+        # A home free to lie where its only readers want it needs no copy.
+        bound = storage or len(groups) + len(others) > 1 or name in self.pins
+        copied = {g for g, us in groups.items() if len(us) > 1 and bound}
         stop = max(
             [start + 1, scope.ends.get(name, 0)]
             + [u.live_to if u.kind == "read" else max(u.at, start) + 1 for u in others]
@@ -428,7 +430,7 @@ class _FlowBuilder:
         t = self.tensors[name]
         at = use.at if use.at >= 0 else (producer.step if producer else live[1] - 1)
         times = scope.times
-        phase = producer.op.phase if producer else "forward"
+        phase = producer.op.phase if producer else use.group or scope.phase
         if use.kind == "use":
             phase = self.flow.sites[use.target.op].op.phase
         overlap = None
