@@ -171,7 +171,7 @@ class _Lowering:
     def convert(self, c: Conversion, source: int, out: list[Instruction]) -> int:
         """Appends the collectives of `c`; returns the buffer that holds the target."""
         spec, target = self.spec(c.source), self.spec(c.target)
-        path = self.resharder.path(spec, target, c.shape, ITEM_BYTES[c.dtype])
+        path = self.resharder.path(spec, target, c.shape, ITEM_BYTES[c.dtype], c.reduce)
         if path is None:
             raise ValueError(f"no way to reshard '{c.tensor}' from {spec} to {target}")
         for i, move in enumerate(path):
