@@ -131,7 +131,9 @@ class Space:
         targets, _ = self.rows(c.target)
         item = ITEM_BYTES[c.dtype]
         seconds = self.resharder.seconds
-        return np.array([[seconds(s, t, c.shape, item) for t in targets] for s in sources])
+        return np.array(
+            [[seconds(s, t, c.shape, item, c.reduce) for t in targets] for s in sources]
+        )
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
         return [(c, c.times * self.spec_costs(c)) for c in self.flow.conversions]
