@@ -9,26 +9,39 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from planner.architectures.language import language_model
-from planner.architectures.settings import Architecture, Decoder, Encoder
+from planner.architectures.convolutional import resnet, unet
+from planner.architectures.language import encoder_decoder, language_model
+from planner.architectures.settings import (
+    Architecture,
+    Conformer,
+    Decoder,
+    Encoder,
+    EncoderDecoder,
+    ResNet,
+    UNet,
+    VisionTransformer,
+)
+from planner.architectures.vision import conformer, vision_transformer
 from planner.graph.builder import Builder
 from planner.graph.core import Graph
 from planner.model import Training
 
-ARCHITECTURES: Mapping[str, type[Architecture]] = {
-    "decoder": Decoder,
-    "encoder": Encoder,
+_BUILDERS: Mapping[str, tuple[type[Architecture], Callable[[Builder, Any, int], str]]] = {
+    "decoder": (Decoder, language_model),
+    "encoder": (Encoder, language_model),
+    "encoder-decoder": (EncoderDecoder, encoder_decoder),
+    "vit": (VisionTransformer, vision_transformer),
+    "conformer": (Conformer, conformer),
+    "resnet": (ResNet, resnet),
+    "unet": (UNet, unet),
 }
-_BUILDERS: Mapping[type[Architecture], Callable[[Builder, Any, int], str]] = {
-    Decoder: language_model,
-    Encoder: language_model,
-}
+ARCHITECTURES: Mapping[str, type[Architecture]] = {k: s for k, (s, _) in _BUILDERS.items()}
 
 
 def build(architecture: Architecture, batch: int, training: Training) -> Graph:
     """The forward graph for `batch` examples; outputs[0] is the loss."""
     b = Builder(training.compute, training.params)
-    loss = _BUILDERS[type(architecture)](b, architecture, batch)
+    loss = _BUILDERS[architecture.kind][1](b, architecture, batch)
     return b.graph([loss])
 
 

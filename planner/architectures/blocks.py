@@ -53,8 +53,8 @@ def declared(b: Builder, name: str, dims: str, s: TransformerBlock) -> str:
     weights, which leaves the activations alone.
     """
     sizes = {
-        "D": s.d_model, "F": s.ff_size, "N": s.n_heads, "K": s.n_kv_heads, "H": s.head_size,
-        "G": s.n_heads // s.n_kv_heads,
+        "D": s.d_model, "C": s.d_model, "F": s.ff_size, "H": s.head_size,
+        "N": s.n_heads, "K": s.n_kv_heads, "G": s.n_heads // s.n_kv_heads,
     }  # fmt: skip
     own = dims.split()
     param = b.param(name, [sizes[d] for d in own], own)
