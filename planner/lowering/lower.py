@@ -232,8 +232,8 @@ class _Lowering:
     def _stacks(self, loop: Loop) -> tuple[tuple[StackBuffers, ...], list[tuple[Stack, int]]]:
         reads = []
         for s in loop.reads:
-            outer = self.at_home[self.flow.home_of[s.outer]]
             home, lead = self.flow.home_of[s.inner]
+            outer = self.at_home[home, lead - 1]
             inner = self.slice_buffer(s.inner, home, lead, outer)
             self.at_home[home, lead] = inner
             reads.append(StackBuffers(outer, inner))

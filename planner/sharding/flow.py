@@ -240,9 +240,10 @@ class _FlowBuilder:
             use = _Use(self.place_or_new(stack.outer), site.enter, "read", "", site.stop)
             scope.use(stack.outer, use)
         for name in loop.shared:
-            tensor = self.tensors[name]
+            t = self.tensors[name]
+            lead = self._stack_depth(name)
             home = self.new_home(
-                name, tensor.shape, tensor.dtype, 0, False, COPY_CATEGORY
+                f"{name}@{loop.name}", t.shape, t.dtype, lead, False, COPY_CATEGORY
             )
             site.copies[name] = home.id
             scope.use(
@@ -255,9 +256,11 @@ class _FlowBuilder:
             loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop
         )
         for stack in loop.reads:
-            home, lead = self.flow.home_of[stack.outer]
-            self.flow.home_of[stack.inner] = (home, lead + 1)
-            inner.sources[stack.inner] = Place("home", home=home, lead=lead + 1)
+            whole = outer.sources[stack.outer]  # here perhaps the copy that this scope shares
+            if whole.kind == "result":
+                whole = self.place(stack.outer)
+            self.flow.home_of[stack.inner] = (whole.home, whole.lead + 1)
+            inner.sources[stack.inner] = self.place(stack.inner)
         for carry in loop.carries:
             inner.sources[carry.entry] = self.place(carry.entry)
             inner.use(carry.exit, _Use(self.place(carry.entry), HANDED_ON, "exit", "", 0))
