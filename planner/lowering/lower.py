@@ -127,7 +127,7 @@ class _Lowering:
         return Step(f"{loop.name}.leave", tuple(out))
 
     def hand_on_all(self, here: Sequence[Conversion], out: list[Instruction]) -> None:
-        made = (c for c in here if c.kind not in ("copy", "use"))
+        made = (c for c in here if c.kind not in ("copy", "use", "carry", "shared"))
         for c in sorted(made, key=lambda c: c.kind != "home"):
             self.hand_on(c, out)
 
@@ -135,14 +135,17 @@ class _Lowering:
         name = op.outs[k]
         t = self.tensors[name]
         spec = self.spec(Place("result", op.name, k))
-        alias = self.flow.graph.aliases.get(name)
-        if alias is not None:
-            home, lead = self.flow.home_of[alias]
-            if self.plan.homes[home] != spec:
-                alias = None
-        category = self.category(name)
-        target = None if alias is None else self.at_home[self.flow.home_of[alias]]
-        return self.buffer(name, t.shape, t.dtype, spec, category, target)
+        home = self.flow.home_of.get(name)
+        stays = home is None or self.plan.homes[home[0]] == spec
+        alias = self.donated(name, spec) if stays else None
+        return self.buffer(name, t.shape, t.dtype, spec, self.category(name), alias)
+
+    def donated(self, name: str, spec: Spec) -> int | None:
+        """The input's buffer that the new value `name` takes over if it lies there as `spec`."""
+        old = self.flow.graph.aliases.get(name)
+        if old is None or self.plan.homes[self.flow.home_of[old][0]] != spec:
+            return None
+        return self.at_home[self.flow.home_of[old]]
 
     def category(self, name: str) -> str:
         role = self.tensors[name].role
@@ -175,10 +178,8 @@ class _Lowering:
         if path is None:
             raise ValueError(f"no way to reshard '{c.tensor}' from {spec} to {target}")
         for i, move in enumerate(path):
-            last = i == len(path) - 1
-            alias = None
-            if last and c.kind == "alias":
-                alias = self.at_home[c.target.home, c.target.lead]
+            last = i == len(path) - 1 and c.kind in ("home", "alias")
+            alias = self.donated(c.tensor, move.result) if last else None
             category = "temporaries" if move.kind in FREE else "collective_buffers"
             result = self.buffer(c.tensor, c.shape, c.dtype, move.result, category, alias)
             payload = payload_elements(move, spec, c.shape, self.sizes) * ITEM_BYTES[c.dtype]
@@ -197,7 +198,7 @@ class _Lowering:
         site = self.flow.loops[loop.name]
         enter: list[Instruction] = []
         inits: dict[int, int] = {}
-        here = [c for c in self.by_step.get(site.enter, []) if c.kind in ("carry", "shared")]
+        here = self.by_step.get(site.enter, [])
         copies = set(site.copies.values())
         carried = {self.flow.home_of[k.entry][0] for k in loop.carries}
         for c in here:
@@ -205,6 +206,7 @@ class _Lowering:
                 self.at_home[c.target.home, 0] = self.convert(c, self.read(c.source), enter)
             elif c.target.home in carried:
                 inits[c.target.home] = self.convert(c, self.read(c.source), enter)
+        self.hand_on_all(here, enter)
         reads, writes = self._stacks(loop)
         entries = {}
         for k in loop.carries:
@@ -232,8 +234,8 @@ class _Lowering:
     def _stacks(self, loop: Loop) -> tuple[tuple[StackBuffers, ...], list[tuple[Stack, int]]]:
         reads = []
         for s in loop.reads:
-            outer = self.at_home[self.flow.home_of[s.outer]]
             home, lead = self.flow.home_of[s.inner]
+            outer = self.at_home[home, lead - 1]
             inner = self.slice_buffer(s.inner, home, lead, outer)
             self.at_home[home, lead] = inner
             reads.append(StackBuffers(outer, inner))

@@ -52,7 +52,8 @@ class Conversion:
     """A possible resharding, executed `times` times a step in schedule step `at`.
 
     If the specs differ, extra memory is taken at `at` (intermediates, and what `extra` says:
-    the "result", the "source", or "none"), and the result's bytes during `overlap`.
+    the "result", the "source", or "none"), and during `overlap` (the source's bytes if `extra`
+    is "source", else the result's).
     """
 
     source: Place
@@ -189,6 +190,8 @@ class _FlowBuilder:
     def _output(self, scope: _Scope, out: str) -> None:
         alias = self.flow.graph.aliases.get(out)
         if alias is not None:
+            if any(out in site.loop.outs for site in self.flow.loops.values()):
+                scope.ends[out] = self.flow.steps  # a loop needs the old value while it makes this
             scope.use(out, _Use(self.place(alias), HANDED_ON, "alias", "", 0))
             return
         whole = Spec(((),) * len(self.tensors[out].shape))
@@ -241,9 +244,10 @@ class _FlowBuilder:
             use = _Use(self.place_or_new(stack.outer), site.enter, "read", "", site.stop)
             scope.use(stack.outer, use)
         for name in loop.shared:
-            tensor = self.tensors[name]
+            t = self.tensors[name]
+            lead = self._stack_depth(name)
             home = self.new_home(
-                name, tensor.shape, tensor.dtype, 0, False, COPY_CATEGORY
+                f"{name}@{loop.name}", t.shape, t.dtype, lead, False, COPY_CATEGORY
             )
             site.copies[name] = home.id
             scope.use(
@@ -257,9 +261,11 @@ class _FlowBuilder:
             loop.phase,
         )  # fmt: skip
         for stack in loop.reads:
-            home, lead = self.flow.home_of[stack.outer]
-            self.flow.home_of[stack.inner] = (home, lead + 1)
-            inner.sources[stack.inner] = Place("home", home=home, lead=lead + 1)
+            whole = outer.sources[stack.outer]  # here perhaps the copy that this scope shares
+            if whole.kind == "result":
+                whole = self.place(stack.outer)
+            self.flow.home_of[stack.inner] = (whole.home, whole.lead + 1)
+            inner.sources[stack.inner] = self.place(stack.inner)
         for carry in loop.carries:
             inner.sources[carry.entry] = self.place(carry.entry)
             inner.use(carry.exit, _Use(self.place(carry.entry), HANDED_ON, "exit", "", 0))
@@ -309,23 +315,25 @@ class _FlowBuilder:
 
     def _connect_source(self, scope: _Scope, name: str) -> None:
         source = scope.sources[name]
-        made = self._hand_on_step(scope, name, source)
         uses = [
-            replace(u, at=made) if u.at == HANDED_ON else u for u in scope.uses.get(name, [])
-        ]
+            replace(u, at=self._hand_on_step(scope, name, source, u.kind)) if u.at == HANDED_ON
+            else u
+            for u in scope.uses.get(name, [])
+        ]  # fmt: skip
         if source.kind == "result":
             self._connect_result(scope, name, source, uses)
         else:
             self._connect_home(scope, name, source, uses)
 
-    def _hand_on_step(self, scope: _Scope, name: str, source: Place) -> int:
-        """Where a tensor leaves its scope: with its op, after its loop, else at the very end."""
+    def _hand_on_step(self, scope: _Scope, name: str, source: Place, kind: str) -> int:
+        """Where a tensor leaves its scope: with its op or after its loop. What the scope gets
+        from outside is stacked at once (to be free early) and else handed on at the end."""
         if source.kind == "result":
             return self.flow.sites[source.op].step
         for site in self.flow.loops.values():
             if name in site.loop.outs:
                 return site.stop
-        return scope.stop - 1
+        return scope.start if kind == "write" else scope.stop - 1
 
     def _connect_result(
         self, scope: _Scope, name: str, source: Place, uses: list[_Use]
@@ -368,24 +376,30 @@ class _FlowBuilder:
                 start = site.stop  # occupied inside the loop by the carry itself
             elif any(s.outer == name for s in site.loop.writes):
                 start = site.enter
-                scope.ends[name] = max(scope.ends.get(name, 0), site.stop)
+                scope.ends[name] = max(scope.ends.get(name, 0), site.stop + 1)
         if uses or name in scope.ends:
             self._fan_out(scope, name, source, uses, start)
 
     def _fan_out(
         self, scope: _Scope, name: str, source: Place, uses: list[_Use], start: int
     ) -> None:
-        """Connects a home with its readers, through one shared copy per group of readers."""
+        """Connects a home with its readers, through one shared copy per group of readers.
+
+        A donated result takes over the memory of the input it replaces, so its home costs
+        bytes only if it is sharded in another way: the conversion to the input's spec accounts
+        for it, and its readers share no copies (they would outlive it).
+        """
         groups: dict[str, list[_Use]] = {}
         for use in uses:
             if use.kind == "use":
                 groups.setdefault(use.group, []).append(use)
         others = [u for u in uses if u.kind != "use"]
-        own = self.flow.sites[scope.sources[name].op] if scope.sources[name].kind == "result" else None
-        storage = own is None
+        made = scope.sources[name]
+        own = self.flow.sites[made.op] if made.kind == "result" else None
+        donated = own is not None and any(u.kind == "alias" for u in others)
         # A home free to lie where its only readers want it needs no copy.
-        bound = storage or len(groups) + len(others) > 1 or name in self.pins
-        copied = {g for g, us in groups.items() if len(us) > 1 and bound}
+        bound = own is None or len(groups) + len(others) > 1 or name in self.pins
+        copied = {g for g, us in groups.items() if len(us) > 1 and bound and not donated}
         stop = max(
             [start + 1, scope.ends.get(name, 0)]
             + [u.live_to if u.kind == "read" else max(u.at, start) + 1 for u in others]
@@ -393,13 +407,15 @@ class _FlowBuilder:
             + [min(u.at for u in us) + 1 for g, us in groups.items() if g in copied]
         )
         live = (start, stop)
-        if not self._argument(name, source):
-            self._occupy(source, name, live)
-        else:
+        if self._argument(name, source):
             live = (0, self.flow.steps)
+        elif not donated:
+            self._occupy(source, name, live)
         for use in others:
             if use.kind != "read":
                 extra = "none" if use.kind == "alias" else "result"
+                if donated and use.kind == "alias":
+                    extra = "source"
                 self._convert(scope, name, source, use, live, extra, producer=own)
         for group, members in groups.items():
             if group in copied:
@@ -451,7 +467,9 @@ class _FlowBuilder:
             phase = self.flow.sites[use.target.op].op.phase
         overlap = None
         until = self._result_until(scope, use)
-        if until > use.at + 1:
+        if extra == "source" and source.kind == "home" and live[1] > use.at + 1:
+            overlap = (use.at + 1, live[1])
+        elif until > use.at + 1:
             overlap = self._hold(use.target, (use.at + 1, until), live)
         self.flow.conversions.append(
             Conversion(

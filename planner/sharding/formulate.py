@@ -24,7 +24,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.pricing import kernel_seconds, move_seconds
+from costmodels.collectives import collective_seconds
+from costmodels.pricing import kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner.sharding.choices import Choice, OpChoices
@@ -59,7 +60,7 @@ class Space:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
         self.resharder = Resharder(
-            self.sizes, lambda kind, axes, size: move_seconds(self.mesh, kind, axes, size)
+            self.sizes, lambda kind, axes, size: collective_seconds(self.mesh, kind, axes, size)
         )
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
@@ -259,10 +260,10 @@ class Space:
         at_step, held = [], []
         for s, t in zip(sources, targets, strict=True):
             between, result = self.resharder.extra_bytes(s, t, c.shape, item)
-            own = prod(s.local_shape(c.shape, self.sizes)) * item
-            extra = {"result": result, "source": own if s != t else 0, "none": 0}[c.extra]
+            own = prod(s.local_shape(c.shape, self.sizes)) * item if s != t else 0
+            extra = {"result": result, "source": own, "none": 0}[c.extra]
             at_step.append(float(between + extra))
-            held.append(float(result))
+            held.append(float(own if c.extra == "source" else result))
         return np.array(at_step), np.array(held)
 
     # ---- solutions --------------------------------------------------------------------------
