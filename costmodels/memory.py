@@ -8,14 +8,14 @@ iterations):
   reads from outside lives to the loop's end;
 * inputs live all the time, and so does what an output needs; an output that takes over an
   input's memory (donated state), or a slice of a stack, takes none of its own;
-* a stack that a loop writes is allocated when the loop starts, one that it reads lives to its
-  end; a carried value occupies one buffer at the start of an iteration (`entry`), a second from
+* a stack that a loop writes is allocated when the loop starts and lives through the step after
+  it, one that it reads lives to its end; a carried value occupies one buffer at the start of an iteration (`entry`), a second from
   where the next value is made (`exit`), and one after the loop (`result`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -108,7 +108,7 @@ class _Liveness:
             if b in self.stop and root in self.first:
                 self.stop[root] = max(self.stop.get(root, 0), self.stop[b])
         spans = tuple(
-            (b, start, self.stop[b])
+            (b, start, min(self.stop[b], end))
             for b, start in self.first.items()
             if b not in roots and self.stop.get(b, start) > start
         )
@@ -147,8 +147,10 @@ class _Liveness:
         for b in list(self.first)[:outside]:
             if self.stop.get(b, 0) > start:
                 self.stop[b] = stop
-        for b in stacks:
-            self.stop[b] = stop
+        for s in loop.reads:
+            self.stop[s.outer] = max(self.stop[s.outer], stop)
+        for s in loop.writes:  # whole until the step after the loop can take it over
+            self.stop[s.outer] = max(self.stop[s.outer], stop + 1)
         for k in loop.carries:
             self._carry(k.entry, k.exit, k.result, start, stop)
 
@@ -170,7 +172,7 @@ def _roots(program: Program) -> dict[int, int]:
     return roots
 
 
-def _chain_end(buffers: dict[int, Buffer], b: int) -> int:
+def _chain_end(buffers: Mapping[int, Buffer], b: int) -> int:
     seen = {b}
     while (onward := buffers[b].alias) is not None:
         if onward in seen:

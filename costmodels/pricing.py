@@ -27,7 +27,9 @@ def kernel_seconds(chip: Chip, kernel: Kernel) -> float:
     return float(stream_seconds(chip, kernel.bytes, kernel.vector_flops))
 
 
-def move_seconds(mesh: LogicalMesh, kind: str, axes: tuple[str, ...], payload_bytes: float) -> float:
+def move_seconds(
+    mesh: LogicalMesh, kind: str, axes: tuple[str, ...], payload_bytes: float
+) -> float:
     """Time of one collective of `payload_bytes` (see Collective) over `axes`."""
     if kind not in MOVES:
         return 0.0  # local slices and masks fuse into their readers
