@@ -23,7 +23,7 @@ from costmodels.program import (
     Step,
 )
 from planner.sharding.flow import Conversion, Flow, Place
-from planner.graph.core import Graph, Loop, Node, Op
+from planner.graph.core import Graph, Loop, Node, Op, Stack
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan
 from planner.sharding.reshard import FREE, Resharder, payload_elements
@@ -43,6 +43,8 @@ class _Lowering:
     buffers: dict[int, Buffer] = field(default_factory=dict)
     at_home: dict[tuple[int, int], int] = field(default_factory=dict)  # (home, lead) → buffer
     values: dict[str, int] = field(default_factory=dict)  # raw op results
+    # what the body of the innermost open loop hands on: (kind, tensor, home) → buffer
+    leaving: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = self.plan.sizes
@@ -94,10 +96,12 @@ class _Lowering:
         return Program(self.plan.axes, self.buffers, block, inputs, self.outputs)
 
     def block(self, graph: Graph) -> Block:
-        return tuple(self.node(n) for n in graph.nodes)
+        return tuple(step for n in graph.nodes for step in self.node(n))
 
-    def node(self, node: Node) -> Step | LoopStep:
-        return self.op_step(node) if isinstance(node, Op) else self.loop_step(node)
+    def node(self, node: Node) -> tuple[Step | LoopStep, ...]:
+        if isinstance(node, Op):
+            return (self.op_step(node),)
+        return self.loop_step(node), self.leave_step(node)
 
     def op_step(self, op: Op) -> Step:
         site = self.flow.sites[op.name]
@@ -113,10 +117,19 @@ class _Lowering:
         results = [self.result_buffer(op, k) for k in range(len(op.outs))]
         out.append(Compute(kernel, tuple(operands), tuple(results), op.phase))
         self.values.update(zip(op.outs, results, strict=True))
+        self.hand_on_all(here, out)
+        return Step(op.name, tuple(out))
+
+    def leave_step(self, loop: Loop) -> Step:
+        """After a loop: what becomes of its results at once."""
+        out: list[Instruction] = []
+        self.hand_on_all(self.by_step.get(self.flow.loops[loop.name].stop, []), out)
+        return Step(f"{loop.name}.leave", tuple(out))
+
+    def hand_on_all(self, here: Sequence[Conversion], out: list[Instruction]) -> None:
         made = (c for c in here if c.kind not in ("copy", "use"))
         for c in sorted(made, key=lambda c: c.kind != "home"):
             self.hand_on(c, out)
-        return Step(op.name, tuple(out))
 
     def result_buffer(self, op: Op, k: int) -> int:
         name = op.outs[k]
@@ -158,7 +171,7 @@ class _Lowering:
     def convert(self, c: Conversion, source: int, out: list[Instruction]) -> int:
         """Appends the collectives of `c`; returns the buffer that holds the target."""
         spec, target = self.spec(c.source), self.spec(c.target)
-        path = self.resharder.path(spec, target, c.shape, ITEM_BYTES[c.dtype])
+        path = self.resharder.path(spec, target, c.shape, ITEM_BYTES[c.dtype], c.reduce)
         if path is None:
             raise ValueError(f"no way to reshard '{c.tensor}' from {spec} to {target}")
         for i, move in enumerate(path):
@@ -197,8 +210,7 @@ class _Lowering:
         for k in loop.carries:
             home = self.flow.home_of[k.entry][0]
             entries[home] = self.at_home[home, 0] = self.home_buffer(home)
-        outer_leaving = getattr(self, "leaving", {})
-        self.leaving: dict[tuple[str, str, int], int] = {}
+        outer_leaving, self.leaving = self.leaving, {}
         body = self.block(loop.body)
         carries = []
         for k in loop.carries:
@@ -217,7 +229,7 @@ class _Lowering:
             tuple(carries), reads, written, loop.reverse,
         )  # fmt: skip
 
-    def _stacks(self, loop: Loop) -> tuple[tuple[StackBuffers, ...], list[tuple[object, int]]]:
+    def _stacks(self, loop: Loop) -> tuple[tuple[StackBuffers, ...], list[tuple[Stack, int]]]:
         reads = []
         for s in loop.reads:
             outer = self.at_home[self.flow.home_of[s.outer]]
@@ -225,7 +237,7 @@ class _Lowering:
             inner = self.slice_buffer(s.inner, home, lead, outer)
             self.at_home[home, lead] = inner
             reads.append(StackBuffers(outer, inner))
-        writes: list[tuple[object, int]] = []
+        writes: list[tuple[Stack, int]] = []
         for s in loop.writes:
             home, lead = self.flow.home_of[s.outer]
             if (home, lead) not in self.at_home:

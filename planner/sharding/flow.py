@@ -10,7 +10,7 @@ Homes and conversions know when they occupy memory, in steps of the flattened sc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.graph.core import Graph, Loop, Node, Op, Tensor
 from planner.sharding.spec import Spec
@@ -82,6 +82,8 @@ class OpSite:
 
 @dataclass
 class LoopSite:
+    """A loop in the schedule: step `enter`, its body, and step `stop`, where results leave."""
+
     loop: Loop
     enter: int
     stop: int
@@ -117,14 +119,19 @@ def _number(flow: Flow, nodes: Iterable[Node], step: int, times: int) -> int:
             step += 1
             continue
         enter = step
-        step = _number(flow, node.body.nodes, step + 1, times * node.times)
-        flow.loops[node.name] = LoopSite(node, enter, step, times)
+        stop = _number(flow, node.body.nodes, step + 1, times * node.times)
+        flow.loops[node.name] = LoopSite(node, enter, stop, times)
+        step = stop + 1
     return step
+
+
+HANDED_ON = -1  # the step of a use that follows from where its tensor is made
 
 
 @dataclass
 class _Use:
-    """Somebody needs a tensor of a scope at `target` in step `at`; `group` keys shared copies."""
+    """Somebody needs a tensor of a scope at `target` in step `at` (HANDED_ON: as soon as it is
+    made); `group` keys shared copies."""
 
     target: Place
     at: int
@@ -140,6 +147,7 @@ class _Scope:
     times: int
     start: int
     stop: int
+    phase: str = "forward"
     sources: dict[str, Place] = field(default_factory=dict)
     uses: dict[str, list[_Use]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)  # must live until here in any case
@@ -181,10 +189,10 @@ class _FlowBuilder:
     def _output(self, scope: _Scope, out: str) -> None:
         alias = self.flow.graph.aliases.get(out)
         if alias is not None:
-            scope.use(out, _Use(self.place(alias), -1, "alias", "", 0))
+            scope.use(out, _Use(self.place(alias), HANDED_ON, "alias", "", 0))
             return
         whole = Spec(((),) * len(self.tensors[out].shape))
-        scope.use(out, _Use(Place("fixed", spec=whole), -1, "output", "", 0))
+        scope.use(out, _Use(Place("fixed", spec=whole), HANDED_ON, "output", "", 0))
         scope.ends[out] = self.flow.steps
 
     def _stack_depth(self, name: str) -> int:
@@ -245,21 +253,22 @@ class _FlowBuilder:
     def _body(self, outer: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]
         inner = _Scope(
-            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop
-        )
+            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop,
+            loop.phase,
+        )  # fmt: skip
         for stack in loop.reads:
             home, lead = self.flow.home_of[stack.outer]
             self.flow.home_of[stack.inner] = (home, lead + 1)
             inner.sources[stack.inner] = Place("home", home=home, lead=lead + 1)
         for carry in loop.carries:
             inner.sources[carry.entry] = self.place(carry.entry)
-            inner.use(carry.exit, _Use(self.place(carry.entry), -1, "exit", "", 0))
+            inner.use(carry.exit, _Use(self.place(carry.entry), HANDED_ON, "exit", "", 0))
         for name, home_id in site.copies.items():
             inner.sources[name] = Place("home", home=home_id)
             self.held.add(home_id)
         for stack in loop.writes:
             home, lead = self.flow.home_of[stack.outer]
-            inner.use(stack.inner, _Use(Place("home", home=home, lead=lead + 1), -1, "write", "", 0))
+            inner.use(stack.inner, _Use(Place("home", home=home, lead=lead + 1), HANDED_ON, "write", "", 0))
         self.scope(inner)
 
     # ---- homes ----------------------------------------------------------------------------
@@ -299,12 +308,24 @@ class _FlowBuilder:
     # ---- connections ------------------------------------------------------------------------
 
     def _connect_source(self, scope: _Scope, name: str) -> None:
-        uses = scope.uses.get(name, [])
         source = scope.sources[name]
+        made = self._hand_on_step(scope, name, source)
+        uses = [
+            replace(u, at=made) if u.at == HANDED_ON else u for u in scope.uses.get(name, [])
+        ]
         if source.kind == "result":
             self._connect_result(scope, name, source, uses)
         else:
             self._connect_home(scope, name, source, uses)
+
+    def _hand_on_step(self, scope: _Scope, name: str, source: Place) -> int:
+        """Where a tensor leaves its scope: with its op, after its loop, else at the very end."""
+        if source.kind == "result":
+            return self.flow.sites[source.op].step
+        for site in self.flow.loops.values():
+            if name in site.loop.outs:
+                return site.stop
+        return scope.stop - 1
 
     def _connect_result(
         self, scope: _Scope, name: str, source: Place, uses: list[_Use]
@@ -314,8 +335,7 @@ class _FlowBuilder:
         stack = any(u.kind == "read" for u in uses)
         if len(uses) == 1 and not stack and name not in self.pins:
             use = uses[0]
-            at = start if use.at < 0 else use.at
-            stop = max(at + 1, scope.ends.get(name, 0))
+            stop = max(use.at + 1, scope.ends.get(name, 0))
             if use.kind != "alias":
                 site.held[source.slot] = (start, stop)
             extra = "source" if use.kind == "alias" else "result"
@@ -363,9 +383,9 @@ class _FlowBuilder:
         others = [u for u in uses if u.kind != "use"]
         own = self.flow.sites[scope.sources[name].op] if scope.sources[name].kind == "result" else None
         storage = own is None
-        copied = {
-            g for g, us in groups.items() if len(us) > 1 and (storage or len(groups) + len(others) > 1)
-        }
+        # A home free to lie where its only readers want it needs no copy.
+        bound = storage or len(groups) + len(others) > 1 or name in self.pins
+        copied = {g for g, us in groups.items() if len(us) > 1 and bound}
         stop = max(
             [start + 1, scope.ends.get(name, 0)]
             + [u.live_to if u.kind == "read" else max(u.at, start) + 1 for u in others]
@@ -426,31 +446,27 @@ class _FlowBuilder:
     ) -> None:
         """One conversion and the memory its result takes; `live`: the source's lifetime."""
         t = self.tensors[name]
-        at = use.at if use.at >= 0 else (producer.step if producer else live[1] - 1)
-        times = scope.times
-        phase = producer.op.phase if producer else "forward"
+        phase = producer.op.phase if producer else use.group or scope.phase
         if use.kind == "use":
             phase = self.flow.sites[use.target.op].op.phase
         overlap = None
-        until = self._result_until(scope, use, at)
-        if until > at + 1:
-            overlap = self._hold(use.target, (at + 1, until), live)
+        until = self._result_until(scope, use)
+        if until > use.at + 1:
+            overlap = self._hold(use.target, (use.at + 1, until), live)
         self.flow.conversions.append(
             Conversion(
-                source, use.target, name, t.shape, t.dtype, times, at, use.kind, extra, overlap,
+                source, use.target, name, t.shape, t.dtype, scope.times, use.at, use.kind, extra, overlap,
                 reduce=producer.op.rule.combiner if producer else "sum", phase=phase,
             )  # fmt: skip
         )
 
-    def _result_until(self, scope: _Scope, use: _Use, at: int) -> int:
+    def _result_until(self, scope: _Scope, use: _Use) -> int:
         """When the converted value is needed no more (by the target's own accounting)."""
         if use.kind in ("copy", "shared"):
             return use.live_to
         if use.kind == "exit":
             return scope.stop
-        if use.kind == "carry":
-            return at + 1  # from the first body step on the entry accounts for itself
-        return at + 1
+        return use.at + 1  # from the first body step on a carry's entry accounts for itself
 
     def _hold(self, target: Place, wanted: Interval, live: Interval) -> Interval | None:
         """Where both live a copy costs only if it differs; alone it costs its bytes."""

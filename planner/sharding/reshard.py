@@ -51,10 +51,13 @@ class Resharder:
         self._seconds: dict[tuple[Spec, Spec, tuple[int, ...], int], float] = {}
 
     def path(
-        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int
+        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int,
+        reduce: str = "sum",
     ) -> tuple[Move, ...] | None:
-        """Moves that turn `source` into `target`, or None if there is no way (a shard cannot
-        become an unreduced sum)."""
+        """Moves that turn `source` into `target`, or None if there is no way: a shard cannot
+        become an unreduced sum, nor can an unreduced maximum (`reduce`)."""
+        if _mixes(source, target, reduce):
+            return None
         if source == target:
             return ()
         key = (source, target, shape, itemsize)
@@ -63,9 +66,12 @@ class Resharder:
         return self._paths[key]
 
     def seconds(
-        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int
+        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int,
+        reduce: str = "sum",
     ) -> float:
         """Time of the path on an idle network; inf if there is none."""
+        if _mixes(source, target, reduce):
+            return float("inf")
         if source == target:
             return 0.0
         key = (source, target, shape, itemsize)
@@ -145,7 +151,14 @@ class Resharder:
                 yield Move("mask", (axis,), Spec(spec.dims, partial))
 
 
-def _with(spec: Spec, dims: dict[int, tuple[str, ...]], partial: Sequence[str] | None = None) -> Spec:
+def _mixes(source: Spec, target: Spec, reduce: str) -> bool:
+    """Whether the reader would add up what has to be combined in another way."""
+    return reduce != "sum" and any(a in target.partial for a in source.partial)
+
+
+def _with(
+    spec: Spec, dims: dict[int, tuple[str, ...]], partial: Sequence[str] | None = None
+) -> Spec:
     changed = tuple(dims.get(i, d) for i, d in enumerate(spec.dims))
     return Spec(changed, spec.partial if partial is None else tuple(partial))
 
