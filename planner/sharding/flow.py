@@ -148,6 +148,7 @@ class _Scope:
     times: int
     start: int
     stop: int
+    phase: str = "forward"
     sources: dict[str, Place] = field(default_factory=dict)
     uses: dict[str, list[_Use]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)  # must live until here in any case
@@ -256,8 +257,9 @@ class _FlowBuilder:
     def _body(self, outer: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]
         inner = _Scope(
-            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop
-        )
+            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop,
+            loop.phase,
+        )  # fmt: skip
         for stack in loop.reads:
             whole = outer.sources[stack.outer]  # here perhaps the copy that this scope shares
             if whole.kind == "result":
@@ -395,9 +397,9 @@ class _FlowBuilder:
         made = scope.sources[name]
         own = self.flow.sites[made.op] if made.kind == "result" else None
         donated = own is not None and any(u.kind == "alias" for u in others)
-        copied = set()
-        if not donated and (own is None or len(groups) + len(others) > 1):
-            copied = {g for g, us in groups.items() if len(us) > 1}
+        # A home free to lie where its only readers want it needs no copy.
+        bound = own is None or len(groups) + len(others) > 1 or name in self.pins
+        copied = {g for g, us in groups.items() if len(us) > 1 and bound and not donated}
         stop = max(
             [start + 1, scope.ends.get(name, 0)]
             + [u.live_to if u.kind == "read" else max(u.at, start) + 1 for u in others]
@@ -460,7 +462,7 @@ class _FlowBuilder:
     ) -> None:
         """One conversion and the memory its result takes; `live`: the source's lifetime."""
         t = self.tensors[name]
-        phase = producer.op.phase if producer else "forward"
+        phase = producer.op.phase if producer else use.group or scope.phase
         if use.kind == "use":
             phase = self.flow.sites[use.target.op].op.phase
         overlap = None

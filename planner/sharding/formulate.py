@@ -50,7 +50,6 @@ class Space:
 
     flow: Flow
     mesh: LogicalMesh
-    network_weight: float = 1.0
     resharder: Resharder = field(init=False)
     keys: list[Key] = field(init=False, default_factory=list)
     choices: dict[str, tuple[Choice, ...]] = field(init=False, default_factory=dict)
@@ -137,18 +136,23 @@ class Space:
         )
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
-        return [
-            (c, self.network_weight * c.times * self.spec_costs(c)) for c in self.flow.conversions
-        ]
+        return [(c, c.times * self.spec_costs(c)) for c in self.flow.conversions]
 
     # ---- the problem ------------------------------------------------------------------------
 
-    def problem(self, limit: float | None, active: Sequence[int]) -> Problem:
-        """The ILP with memory constraints at the schedule steps `active` (none: limit unused)."""
+    def problem(
+        self, limit: float | None, active: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Problem:
+        """The ILP with memory constraints at the schedule steps `active` (none: limit unused).
+
+        `weights`: what a second of each conversion counts (all 1 by default): less than one
+        where the simulator hides it behind computation.
+        """
         costs = [self._costs[key].copy() for key in self.keys]
         merged: dict[tuple[int, int], Array] = {}
         paired: list[tuple[Conversion, Array]] = []
-        for c, by_spec in self._edge_costs:
+        for i, (c, full) in enumerate(self._edge_costs):
+            by_spec = full if weights is None else weights[i] * full
             if limit is not None and self._touches(c, active):
                 paired.append((c, by_spec))
                 continue
@@ -162,6 +166,16 @@ class Space:
         edges = tuple(Edge(i, j, m) for (i, j), m in merged.items())
         names = tuple(f"{kind}:{name}" for kind, name in self.keys)
         return Problem(tuple(costs), edges, tuple(usages), limit, names)
+
+    def memory_problem(self, weights: Mapping[int, float]) -> Problem:
+        """Least weighted sum of the memory at some schedule steps (bytes), time second."""
+        steps = sorted(weights)
+        timed = self.problem(np.inf, steps)
+        costs = list(timed.costs)  # seconds beside bytes: they only break ties
+        for usage in timed.usages:
+            weight = sum(weights[steps[p]] for p in range(usage.start, usage.stop))
+            costs[usage.node] = costs[usage.node] + weight * usage.amount
+        return Problem(tuple(costs), timed.edges, names=timed.names)
 
     def _join(
         self, costs: list[Array], merged: dict[tuple[int, int], Array], c: Conversion, m: Array
