@@ -7,11 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from costmodels.program import Program
 from planner.graph.core import Graph
 from planner.lowering.lower import lower
 from planner.plan import Plan, Proof
 from planner.sharding.choices import OpChoices
-from planner.sharding.flow import Flow, Place
+from planner.sharding.flow import Conversion, Flow, Place
 from planner.sharding.formulate import home_specs
 from planner.sharding.reshard import Resharder
 from planner.sharding.spec import Spec
@@ -75,7 +76,7 @@ class PlanDrawer:
             return rng.choice(self.options[node])
         return found
 
-    def _valid(self, c, taken: Mapping[Node, object]) -> bool:
+    def _valid(self, c: Conversion, taken: Mapping[Node, object]) -> bool:
         source, target = self.spec(c.source, taken), self.spec(c.target, taken)
         return possible(source, target, c.reduce)
 
@@ -102,8 +103,17 @@ def possible(source: Spec, target: Spec, reduce: str) -> bool:
 
 def run_plan(flow: Flow, plan: Plan, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The step's outputs as the lowered program computes them on virtual devices."""
-    resharder = Resharder(plan.sizes, unit_price)
-    program = lower(flow, plan, resharder)
+    return outputs(flow, plan, lowered(flow, plan), inputs)
+
+
+def lowered(flow: Flow, plan: Plan) -> Program:
+    return lower(flow, plan, Resharder(plan.sizes, unit_price))
+
+
+def outputs(
+    flow: Flow, plan: Plan, program: Program, inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What `program`, lowered from `plan`, computes, its shards put together."""
     shards = {
         name: shard(np.asarray(inputs[name], dtype=float), _home(flow, plan, name), plan.axes)
         for name in flow.graph.inputs

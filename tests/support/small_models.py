@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 from planner.graph import expr as ex
-from planner.graph import layers, structural, windows
+from planner.graph import layers, optimizers, structural, windows
 from planner.graph.builder import Builder
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
@@ -179,13 +180,17 @@ def step_of(build: Callable[[Builder], str], **training: Any) -> Graph:
     return training_step(built(build, **training))
 
 
+def factored() -> Graph:
+    """Adafactor's second moments as rows and columns, which real sizes have."""
+    with patch.object(optimizers, "FACTORED_MIN", 4):
+        return training_step(decoder(remat="full", optimizer="adafactor"))
+
+
 def steps() -> dict[str, Callable[[], Graph]]:
     """Training steps that together hold every kind of op, loop, remat policy and optimizer."""
     found: dict[str, Callable[[], Graph]] = {
         "decoder none adamw": lambda: training_step(decoder(remat="none", optimizer="adamw")),
-        "decoder full adafactor": lambda: training_step(
-            decoder(remat="full", optimizer="adafactor")
-        ),
+        "decoder full adafactor": factored,
         "decoder dots momentum": lambda: training_step(
             decoder(remat="dots", optimizer="momentum")
         ),
