@@ -18,37 +18,42 @@ from planner.graph.derive import training_step
 from planner.model import Model, Training
 
 
-def decoder(batch: int = 4, grouped: bool = False, **training: Any) -> Model:
+def decoder(
+    batch: int = 4, grouped: bool = False, positions: int = 4, vocabulary: int = 8,
+    width: int = 8, hidden: int = 16, heads: int = 4, head: int = 2, layers_: int = 2,
+    **training: Any,
+) -> Model:  # fmt: skip
     """Pre-norm layers in a loop with tied embeddings; `grouped` shares keys between heads."""
     micro = batch // training.get("accumulation_steps", 1)
     b = Builder()
-    ids = b.input("ids", (micro, 4), ("B", "S"), "i32")
-    targets = b.input("targets", (micro, 4), ("B", "S"), "i32")
-    table = b.param("table", (8, 8), ("V", "D"))
-    bias = b.param("bias", (8,), ("D",))  # read by every iteration: gradients add up
+    ids = b.input("ids", (micro, positions), ("B", "S"), "i32")
+    targets = b.input("targets", (micro, positions), ("B", "S"), "i32")
+    table = b.param("table", (vocabulary, width), ("V", "D"))
+    bias = b.param("bias", (width,), ("D",))  # read by every iteration: gradients add up
     x = layers.embedding(b, table, ids, ("B", "S", "D"), name="x")
-    r = b.repeat("layers", 2)
+    r = b.repeat("layers", layers_)
     entry = r.enter(x)
-    h = layers.layer_norm(r, entry, r.param("scale", (8,), ("D",)), bias)
-    heads = (2, 2) if grouped else (4,)
+    h = layers.layer_norm(r, entry, r.param("scale", (width,), ("D",)), bias)
+    split = (heads // 2, 2) if grouped else (heads,)
     names = ("K", "G") if grouped else ("N",)
     text = " ".join(names)
-    wq = r.param("wq", (8, *heads, 2), ("D", *names, "H"))
-    wk, wv = (r.param(n, (8, heads[0], 2), ("D", names[0], "H")) for n in ("wk", "wv"))
-    wo = r.param("wo", (*heads, 2, 8), (*names, "H", "D"))
+    wq = r.param("wq", (width, *split, head), ("D", *names, "H"))
+    wk, wv = (r.param(n, (width, split[0], head), ("D", names[0], "H")) for n in ("wk", "wv"))
+    wo = r.param("wo", (*split, head, width), (*names, "H", "D"))
     q = r.einsum(f"B S D, D {text} H -> B S {text} H", h, wq, name="q")
     k = r.einsum(f"B T D, D {names[0]} H -> B T {names[0]} H", h, wk, name="k")
     v = r.einsum(f"B T D, D {names[0]} H -> B T {names[0]} H", h, wv, name="v")
     mixed = layers.attention(r, q, k, v, causal=True, grouped=grouped)
     o = r.einsum(f"B S {text} H, {text} H D -> B S D", mixed, wo, name="o")
     middle = r.pointwise("middle", ex.add(ex.x(0), ex.x(1)), entry, o)
-    w1, w2 = r.param("w1", (8, 16), ("D", "F")), r.param("w2", (16, 8), ("F", "D"))
+    w1 = r.param("w1", (width, hidden), ("D", "F"))
+    w2 = r.param("w2", (hidden, width), ("F", "D"))
     act = r.pointwise("act", ("gelu", ex.x(0)), r.einsum("BSD,DF->BSF", middle, w1, name="h"))
     y = r.einsum("BSF,FD->BSD", act, w2, name="y")
     out = r.pointwise("out", ex.add(ex.x(0), ex.x(1)), middle, y)
     (x,) = r.end_repeat([(x, entry, out)])
     loss = layers.cross_entropy(b, b.einsum("BSD,VD->BSV", x, table, name="logits"), targets)
-    return Model("decoder", b.graph([loss]), Training(batch, **training), batch * 4)
+    return Model("decoder", b.graph([loss]), Training(batch, **training), batch * positions)
 
 
 def weighted_sum(b: Builder, x: str) -> str:
