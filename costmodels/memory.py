@@ -62,7 +62,7 @@ class _Liveness:
             self.last[b] = self.steps
         self._merge_aliases()
         return [
-            (b, start, self.last.get(b, start + 1))
+            (b, start, min(self.last.get(b, start + 1), self.steps))
             for b, start in self.first.items()
             if self.program.buffers[b].alias is None
         ]
@@ -112,9 +112,10 @@ class _Liveness:
                 del self.first[k.entry]  # never read: overwritten at once
             self.first[k.result] = stop
         read_inside = {b for b in before if self.last.get(b, 0) > start}
-        stacks = {s.outer for s in (*loop.reads, *loop.writes)}
-        for b in read_inside | stacks:
+        for b in read_inside | {s.outer for s in loop.reads}:
             self.last[b] = max(self.last[b], stop)
+        for s in loop.writes:  # whole until somebody outside can take it over
+            self.last[s.outer] = max(self.last[s.outer], stop + 1)
         self._forget_unread_results(loop)
 
     def _forget_unread_results(self, loop: LoopStep) -> None:

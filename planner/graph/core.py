@@ -134,6 +134,7 @@ class Graph:
     """Tensors by unique name (unique over all loop bodies too) and nodes in execution order.
 
     `aliases` maps an output to the input whose memory and spec it takes over (donated state).
+    `cotangents` maps a tensor to the one that holds its whole cotangent, where there is one.
     """
 
     tensors: Mapping[str, Tensor]
@@ -141,7 +142,7 @@ class Graph:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict)
-    pins: Mapping[str, Any] = field(default_factory=dict)
+    cotangents: Mapping[str, str] = field(default_factory=dict)
 
     def walk(self, times: int = 1) -> Iterator[tuple[Op, int]]:
         """Every op of the graph and its loop bodies, with how often it runs in a step."""

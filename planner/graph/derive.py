@@ -8,7 +8,7 @@ copies of the forward ops (`origin` names the op they repeat). Gradients of sing
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.graph import expr as ex
@@ -22,9 +22,12 @@ from planner.model import Model, Training
 AGAIN = "~"  # suffix of a recomputed tensor
 
 
-def training_step(model: Model) -> Graph:
-    """The step's graph: inputs → loss, new parameters and states (aliased to the old ones)."""
-    forward = fuse_graph(model.graph)
+def training_step(model: Model, keep: Collection[str] = ()) -> Graph:
+    """The step's graph: inputs → loss, new parameters and states (aliased to the old ones).
+
+    Tensors in `keep`, and their cotangents, are never fused away.
+    """
+    forward = fuse_graph(model.graph, keep)
     settings = model.training
     outer = _fresh_builder(settings)
     steps = settings.accumulation_steps
@@ -37,17 +40,21 @@ def training_step(model: Model) -> Graph:
         scope.prefix = ""  # tensors keep the names of the model
         for name in forward.inputs:
             _declare_accumulated_input(outer, scope, forward.tensors[name], steps)
-    loss, gradients = _differentiate(scope, forward, settings)
+    cotangents: dict[str, str] = {}
+    loss, gradients = _differentiate(scope, forward, settings, frozenset(keep), cotangents)
+    whole = {*keep, *(cotangents[t] for t in keep if t in cotangents)}
     if steps > 1:
-        loss, gradients = _close_accumulation(outer, scope, loss, gradients, steps)
+        loss, gradients = _close_accumulation(outer, scope, loss, gradients, steps, whole)
     aliases: dict[str, str] = {}
     outer.phase = "update"
     for name, gradient in gradients.items():
         aliases.update(update(outer, settings, name, gradient))
-    outer.nodes = list(fuse_nodes(outer.nodes, outer.tensors, keep={loss, *aliases}))
+    outer.nodes = list(fuse_nodes(outer.nodes, outer.tensors, keep={loss, *aliases, *whole}))
     used = _referenced(outer.nodes)
     tensors = {n: t for n, t in outer.tensors.items() if n in used or n in outer.inputs}
-    return Graph(tensors, tuple(outer.nodes), tuple(outer.inputs), (loss, *aliases), aliases)
+    return Graph(
+        tensors, tuple(outer.nodes), tuple(outer.inputs), (loss, *aliases), aliases, cotangents
+    )
 
 
 def _fresh_builder(settings: Training) -> Builder:
@@ -73,8 +80,9 @@ def _declare_accumulated_input(outer: Builder, scope: Builder, t: Tensor, steps:
 
 
 def _close_accumulation(
-    outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], steps: int
-) -> tuple[str, dict[str, str]]:
+    outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], steps: int,
+    keep: Collection[str],
+) -> tuple[str, dict[str, str]]:  # fmt: skip
     """Gradients (and the loss) become carried sums over the microbatches, then means."""
     carries = []
     for name in (loss, *gradients.values()):
@@ -91,7 +99,7 @@ def _close_accumulation(
         )  # fmt: skip
         carries.append((zero, entry, exit_))
     nodes = fuse_nodes(
-        scope.nodes, scope.tensors, keep={n for _, entry, e in carries for n in (entry, e)}
+        scope.nodes, scope.tensors, keep={n for _, entry, e in carries for n in (entry, e)} | {*keep}
     )
     scope.nodes = list(nodes)
     scope.prefix = "accumulate."
@@ -107,7 +115,10 @@ def _referenced(nodes: Iterable[Node]) -> set[str]:
     return found
 
 
-def _differentiate(b: Builder, forward: Graph, settings: Training) -> tuple[str, dict[str, str]]:
+def _differentiate(
+    b: Builder, forward: Graph, settings: Training, keep: frozenset[str],
+    cotangents: dict[str, str],
+) -> tuple[str, dict[str, str]]:  # fmt: skip
     """Emits forward and backward nodes into `b`; returns the loss and parameter gradients."""
     for name, tensor in forward.tensors.items():
         if name not in forward.inputs:
@@ -118,7 +129,9 @@ def _differentiate(b: Builder, forward: Graph, settings: Training) -> tuple[str,
         b_root._names.update(body.tensors)
     loss = forward.outputs[0]
     targets = [n for n in forward.inputs if forward.tensors[n].role == "parameter"]
-    backward = Backward(settings.remat, b, forward.nodes, dict.fromkeys(targets))
+    backward = Backward(
+        settings.remat, b, forward.nodes, dict.fromkeys(targets), keep, cotangents
+    )
     b.phase = "backward"
     b.nodes = []
     one = b.map("loss.one", [], (), ex.c(1), dtype="f32")
@@ -127,8 +140,8 @@ def _differentiate(b: Builder, forward: Graph, settings: Training) -> tuple[str,
     gradients = {n: backward.take(n) for n in targets}
     back_nodes = b.nodes
     b.nodes = [backward.augmented.get(node.name, node) for node in forward.nodes]
-    keep = {loss, *(g for g in gradients.values() if g)}
-    b.nodes += fuse_nodes(back_nodes, b.tensors, keep=keep)
+    whole = {loss, *(g for g in gradients.values() if g), *backward.kept()}
+    b.nodes += fuse_nodes(back_nodes, b.tensors, keep=whole)
     return loss, {n: g for n, g in gradients.items() if g is not None}
 
 
@@ -147,6 +160,8 @@ class Backward:
     b: Builder
     nodes: Sequence[Node]
     roots: dict[str, None]  # tensors of this scope whose gradients somebody wants
+    keep: frozenset[str] = frozenset()  # tensors whose cotangents must stay tensors
+    cotangents: dict[str, str] = field(default_factory=dict)  # shared by all scopes
     parts: dict[str, list[str]] = field(default_factory=dict)
     augmented: dict[str, Loop] = field(default_factory=dict)
     differentiable: set[str] = field(default_factory=set)
@@ -164,7 +179,14 @@ class Backward:
     def take(self, tensor: str) -> str | None:
         """The summed cotangent of `tensor`, or None if nothing depends on it."""
         parts = self.parts.pop(tensor, [])
-        return add_up(self.b, f"{tensor}.grad", parts) if parts else None
+        if not parts:
+            return None
+        self.cotangents[tensor] = add_up(self.b, f"{tensor}.grad", parts)
+        return self.cotangents[tensor]
+
+    def kept(self) -> set[str]:
+        """Cotangents of the tensors to keep."""
+        return {self.cotangents[t] for t in self.keep if t in self.cotangents}
 
     def run(self) -> None:
         for node in reversed(self.nodes):
@@ -204,7 +226,9 @@ class LoopBackward:
         wanted_reads = [s for s in loop.reads if s.outer in outer.differentiable]
         wanted_shared = [s for s in loop.shared if s in outer.differentiable]
         roots = [k.entry for k in loop.carries] + [s.inner for s in wanted_reads] + wanted_shared
-        inner = Backward(outer.policy, scope, body.nodes, dict.fromkeys(roots))
+        inner = Backward(
+            outer.policy, scope, body.nodes, dict.fromkeys(roots), outer.keep, outer.cotangents
+        )
         carries = self._seed(scope, inner)
         inner.run()
         self._close(scope, inner, carries, wanted_reads, wanted_shared)
@@ -248,7 +272,7 @@ class LoopBackward:
             gradient = inner.take(stack.inner)
             if gradient is not None:
                 writes.append(self._write(scope, stack, _own(scope, gradient, "")))
-        keep = {k.exit for k in loop_carries} | {w.inner for w in writes}
+        keep = {k.exit for k in loop_carries} | {w.inner for w in writes} | inner.kept()
         nodes = list(fuse_nodes(scope.nodes, scope.tensors, keep=keep))
         saved = Saved(self.loop, inner, outer.b, scope)
         recomputed, rename, reads, passed = saved.resolve(nodes)

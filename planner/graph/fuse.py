@@ -19,18 +19,18 @@ MAX_OPERANDS = 10  # a fused op reads at most this many arrays
 MAX_SIZE = 400  # and its expression, a tree that doubles with every reuse, has this many nodes
 
 
-def fuse_graph(graph: Graph) -> Graph:
-    """The graph with its own and its loop bodies' elementwise chains fused."""
+def fuse_graph(graph: Graph, keep: Collection[str] = ()) -> Graph:
+    """The graph with its own and its loop bodies' elementwise chains fused, but for `keep`."""
     nodes = [
-        replace(n, body=_fuse_body(n)) if isinstance(n, Loop) else n for n in graph.nodes
+        replace(n, body=_fuse_body(n, keep)) if isinstance(n, Loop) else n for n in graph.nodes
     ]
-    return _with_nodes(graph, fuse_nodes(nodes, graph.tensors, keep=set(graph.outputs)))
+    whole = {*graph.outputs, *keep}
+    return _with_nodes(graph, fuse_nodes(nodes, graph.tensors, keep=whole))
 
 
-def _fuse_body(loop: Loop) -> Graph:
-    keep = {k.exit for k in loop.carries} | {s.inner for s in loop.writes}
-    body = fuse_graph(replace(loop.body, outputs=tuple(sorted(keep))))
-    return body
+def _fuse_body(loop: Loop, keep: Collection[str]) -> Graph:
+    outputs = {k.exit for k in loop.carries} | {s.inner for s in loop.writes}
+    return fuse_graph(replace(loop.body, outputs=tuple(sorted(outputs))), keep)
 
 
 def _with_nodes(graph: Graph, nodes: Sequence[Node]) -> Graph:

@@ -23,7 +23,7 @@ from costmodels.program import (
     Step,
 )
 from planner.sharding.flow import Conversion, Flow, Place
-from planner.graph.core import Graph, Loop, Node, Op
+from planner.graph.core import Graph, Loop, Node, Op, Stack
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan
 from planner.sharding.reshard import FREE, Resharder, payload_elements
@@ -43,6 +43,8 @@ class _Lowering:
     buffers: dict[int, Buffer] = field(default_factory=dict)
     at_home: dict[tuple[int, int], int] = field(default_factory=dict)  # (home, lead) → buffer
     values: dict[str, int] = field(default_factory=dict)  # raw op results
+    # what the body of the innermost open loop hands on: (kind, tensor, home) → buffer
+    leaving: dict[tuple[str, str, int], int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.sizes = self.plan.sizes
@@ -94,10 +96,12 @@ class _Lowering:
         return Program(self.plan.axes, self.buffers, block, inputs, self.outputs)
 
     def block(self, graph: Graph) -> Block:
-        return tuple(self.node(n) for n in graph.nodes)
+        return tuple(step for n in graph.nodes for step in self.node(n))
 
-    def node(self, node: Node) -> Step | LoopStep:
-        return self.op_step(node) if isinstance(node, Op) else self.loop_step(node)
+    def node(self, node: Node) -> tuple[Step | LoopStep, ...]:
+        if isinstance(node, Op):
+            return (self.op_step(node),)
+        return self.loop_step(node), self.leave_step(node)
 
     def op_step(self, op: Op) -> Step:
         site = self.flow.sites[op.name]
@@ -113,23 +117,35 @@ class _Lowering:
         results = [self.result_buffer(op, k) for k in range(len(op.outs))]
         out.append(Compute(kernel, tuple(operands), tuple(results), op.phase))
         self.values.update(zip(op.outs, results, strict=True))
-        made = (c for c in here if c.kind not in ("copy", "use"))
+        self.hand_on_all(here, out)
+        return Step(op.name, tuple(out))
+
+    def leave_step(self, loop: Loop) -> Step:
+        """After a loop: what becomes of its results at once."""
+        out: list[Instruction] = []
+        self.hand_on_all(self.by_step.get(self.flow.loops[loop.name].stop, []), out)
+        return Step(f"{loop.name}.leave", tuple(out))
+
+    def hand_on_all(self, here: Sequence[Conversion], out: list[Instruction]) -> None:
+        made = (c for c in here if c.kind not in ("copy", "use", "carry", "shared"))
         for c in sorted(made, key=lambda c: c.kind != "home"):
             self.hand_on(c, out)
-        return Step(op.name, tuple(out))
 
     def result_buffer(self, op: Op, k: int) -> int:
         name = op.outs[k]
         t = self.tensors[name]
         spec = self.spec(Place("result", op.name, k))
-        alias = self.flow.graph.aliases.get(name)
-        if alias is not None:
-            home, lead = self.flow.home_of[alias]
-            if self.plan.homes[home] != spec:
-                alias = None
-        category = self.category(name)
-        target = None if alias is None else self.at_home[self.flow.home_of[alias]]
-        return self.buffer(name, t.shape, t.dtype, spec, category, target)
+        home = self.flow.home_of.get(name)
+        stays = home is None or self.plan.homes[home[0]] == spec
+        alias = self.donated(name, spec) if stays else None
+        return self.buffer(name, t.shape, t.dtype, spec, self.category(name), alias)
+
+    def donated(self, name: str, spec: Spec) -> int | None:
+        """The input's buffer that the new value `name` takes over if it lies there as `spec`."""
+        old = self.flow.graph.aliases.get(name)
+        if old is None or self.plan.homes[self.flow.home_of[old][0]] != spec:
+            return None
+        return self.at_home[self.flow.home_of[old]]
 
     def category(self, name: str) -> str:
         role = self.tensors[name].role
@@ -158,14 +174,12 @@ class _Lowering:
     def convert(self, c: Conversion, source: int, out: list[Instruction]) -> int:
         """Appends the collectives of `c`; returns the buffer that holds the target."""
         spec, target = self.spec(c.source), self.spec(c.target)
-        path = self.resharder.path(spec, target, c.shape, ITEM_BYTES[c.dtype])
+        path = self.resharder.path(spec, target, c.shape, ITEM_BYTES[c.dtype], c.reduce)
         if path is None:
             raise ValueError(f"no way to reshard '{c.tensor}' from {spec} to {target}")
         for i, move in enumerate(path):
-            last = i == len(path) - 1
-            alias = None
-            if last and c.kind == "alias":
-                alias = self.at_home[c.target.home, c.target.lead]
+            last = i == len(path) - 1 and c.kind in ("home", "alias")
+            alias = self.donated(c.tensor, move.result) if last else None
             category = "temporaries" if move.kind in FREE else "collective_buffers"
             result = self.buffer(c.tensor, c.shape, c.dtype, move.result, category, alias)
             payload = payload_elements(move, spec, c.shape, self.sizes) * ITEM_BYTES[c.dtype]
@@ -184,7 +198,7 @@ class _Lowering:
         site = self.flow.loops[loop.name]
         enter: list[Instruction] = []
         inits: dict[int, int] = {}
-        here = [c for c in self.by_step.get(site.enter, []) if c.kind in ("carry", "shared")]
+        here = self.by_step.get(site.enter, [])
         copies = set(site.copies.values())
         carried = {self.flow.home_of[k.entry][0] for k in loop.carries}
         for c in here:
@@ -192,13 +206,13 @@ class _Lowering:
                 self.at_home[c.target.home, 0] = self.convert(c, self.read(c.source), enter)
             elif c.target.home in carried:
                 inits[c.target.home] = self.convert(c, self.read(c.source), enter)
+        self.hand_on_all(here, enter)
         reads, writes = self._stacks(loop)
         entries = {}
         for k in loop.carries:
             home = self.flow.home_of[k.entry][0]
             entries[home] = self.at_home[home, 0] = self.home_buffer(home)
-        outer_leaving = getattr(self, "leaving", {})
-        self.leaving: dict[tuple[str, str, int], int] = {}
+        outer_leaving, self.leaving = self.leaving, {}
         body = self.block(loop.body)
         carries = []
         for k in loop.carries:
@@ -217,15 +231,15 @@ class _Lowering:
             tuple(carries), reads, written, loop.reverse,
         )  # fmt: skip
 
-    def _stacks(self, loop: Loop) -> tuple[tuple[StackBuffers, ...], list[tuple[object, int]]]:
+    def _stacks(self, loop: Loop) -> tuple[tuple[StackBuffers, ...], list[tuple[Stack, int]]]:
         reads = []
         for s in loop.reads:
-            outer = self.at_home[self.flow.home_of[s.outer]]
             home, lead = self.flow.home_of[s.inner]
+            outer = self.at_home[home, lead - 1]
             inner = self.slice_buffer(s.inner, home, lead, outer)
             self.at_home[home, lead] = inner
             reads.append(StackBuffers(outer, inner))
-        writes: list[tuple[object, int]] = []
+        writes: list[tuple[Stack, int]] = []
         for s in loop.writes:
             home, lead = self.flow.home_of[s.outer]
             if (home, lead) not in self.at_home:

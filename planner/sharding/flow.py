@@ -10,7 +10,7 @@ Homes and conversions know when they occupy memory, in steps of the flattened sc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.graph.core import Graph, Loop, Node, Op, Tensor
 from planner.sharding.spec import Spec
@@ -52,7 +52,8 @@ class Conversion:
     """A possible resharding, executed `times` times a step in schedule step `at`.
 
     If the specs differ, extra memory is taken at `at` (intermediates, and what `extra` says:
-    the "result", the "source", or "none"), and the result's bytes during `overlap`.
+    the "result", the "source", or "none"), and during `overlap` (the source's bytes if `extra`
+    is "source", else the result's).
     """
 
     source: Place
@@ -82,6 +83,8 @@ class OpSite:
 
 @dataclass
 class LoopSite:
+    """A loop in the schedule: step `enter`, its body, and step `stop`, where results leave."""
+
     loop: Loop
     enter: int
     stop: int
@@ -117,14 +120,19 @@ def _number(flow: Flow, nodes: Iterable[Node], step: int, times: int) -> int:
             step += 1
             continue
         enter = step
-        step = _number(flow, node.body.nodes, step + 1, times * node.times)
-        flow.loops[node.name] = LoopSite(node, enter, step, times)
+        stop = _number(flow, node.body.nodes, step + 1, times * node.times)
+        flow.loops[node.name] = LoopSite(node, enter, stop, times)
+        step = stop + 1
     return step
+
+
+HANDED_ON = -1  # the step of a use that follows from where its tensor is made
 
 
 @dataclass
 class _Use:
-    """Somebody needs a tensor of a scope at `target` in step `at`; `group` keys shared copies."""
+    """Somebody needs a tensor of a scope at `target` in step `at` (HANDED_ON: as soon as it is
+    made); `group` keys shared copies."""
 
     target: Place
     at: int
@@ -140,6 +148,7 @@ class _Scope:
     times: int
     start: int
     stop: int
+    phase: str = "forward"
     sources: dict[str, Place] = field(default_factory=dict)
     uses: dict[str, list[_Use]] = field(default_factory=dict)
     ends: dict[str, int] = field(default_factory=dict)  # must live until here in any case
@@ -181,10 +190,12 @@ class _FlowBuilder:
     def _output(self, scope: _Scope, out: str) -> None:
         alias = self.flow.graph.aliases.get(out)
         if alias is not None:
-            scope.use(out, _Use(self.place(alias), -1, "alias", "", 0))
+            if any(out in site.loop.outs for site in self.flow.loops.values()):
+                scope.ends[out] = self.flow.steps  # a loop needs the old value while it makes this
+            scope.use(out, _Use(self.place(alias), HANDED_ON, "alias", "", 0))
             return
         whole = Spec(((),) * len(self.tensors[out].shape))
-        scope.use(out, _Use(Place("fixed", spec=whole), -1, "output", "", 0))
+        scope.use(out, _Use(Place("fixed", spec=whole), HANDED_ON, "output", "", 0))
         scope.ends[out] = self.flow.steps
 
     def _stack_depth(self, name: str) -> int:
@@ -233,9 +244,10 @@ class _FlowBuilder:
             use = _Use(self.place_or_new(stack.outer), site.enter, "read", "", site.stop)
             scope.use(stack.outer, use)
         for name in loop.shared:
-            tensor = self.tensors[name]
+            t = self.tensors[name]
+            lead = self._stack_depth(name)
             home = self.new_home(
-                name, tensor.shape, tensor.dtype, 0, False, COPY_CATEGORY
+                f"{name}@{loop.name}", t.shape, t.dtype, lead, False, COPY_CATEGORY
             )
             site.copies[name] = home.id
             scope.use(
@@ -245,21 +257,24 @@ class _FlowBuilder:
     def _body(self, outer: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]
         inner = _Scope(
-            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop
-        )
+            loop.body, loop.body.tensors, outer.times * loop.times, site.enter + 1, site.stop,
+            loop.phase,
+        )  # fmt: skip
         for stack in loop.reads:
-            home, lead = self.flow.home_of[stack.outer]
-            self.flow.home_of[stack.inner] = (home, lead + 1)
-            inner.sources[stack.inner] = Place("home", home=home, lead=lead + 1)
+            whole = outer.sources[stack.outer]  # here perhaps the copy that this scope shares
+            if whole.kind == "result":
+                whole = self.place(stack.outer)
+            self.flow.home_of[stack.inner] = (whole.home, whole.lead + 1)
+            inner.sources[stack.inner] = self.place(stack.inner)
         for carry in loop.carries:
             inner.sources[carry.entry] = self.place(carry.entry)
-            inner.use(carry.exit, _Use(self.place(carry.entry), -1, "exit", "", 0))
+            inner.use(carry.exit, _Use(self.place(carry.entry), HANDED_ON, "exit", "", 0))
         for name, home_id in site.copies.items():
             inner.sources[name] = Place("home", home=home_id)
             self.held.add(home_id)
         for stack in loop.writes:
             home, lead = self.flow.home_of[stack.outer]
-            inner.use(stack.inner, _Use(Place("home", home=home, lead=lead + 1), -1, "write", "", 0))
+            inner.use(stack.inner, _Use(Place("home", home=home, lead=lead + 1), HANDED_ON, "write", "", 0))
         self.scope(inner)
 
     # ---- homes ----------------------------------------------------------------------------
@@ -299,12 +314,26 @@ class _FlowBuilder:
     # ---- connections ------------------------------------------------------------------------
 
     def _connect_source(self, scope: _Scope, name: str) -> None:
-        uses = scope.uses.get(name, [])
         source = scope.sources[name]
+        uses = [
+            replace(u, at=self._hand_on_step(scope, name, source, u.kind)) if u.at == HANDED_ON
+            else u
+            for u in scope.uses.get(name, [])
+        ]  # fmt: skip
         if source.kind == "result":
             self._connect_result(scope, name, source, uses)
         else:
             self._connect_home(scope, name, source, uses)
+
+    def _hand_on_step(self, scope: _Scope, name: str, source: Place, kind: str) -> int:
+        """Where a tensor leaves its scope: with its op or after its loop. What the scope gets
+        from outside is stacked at once (to be free early) and else handed on at the end."""
+        if source.kind == "result":
+            return self.flow.sites[source.op].step
+        for site in self.flow.loops.values():
+            if name in site.loop.outs:
+                return site.stop
+        return scope.start if kind == "write" else scope.stop - 1
 
     def _connect_result(
         self, scope: _Scope, name: str, source: Place, uses: list[_Use]
@@ -314,8 +343,7 @@ class _FlowBuilder:
         stack = any(u.kind == "read" for u in uses)
         if len(uses) == 1 and not stack and name not in self.pins:
             use = uses[0]
-            at = start if use.at < 0 else use.at
-            stop = max(at + 1, scope.ends.get(name, 0))
+            stop = max(use.at + 1, scope.ends.get(name, 0))
             if use.kind != "alias":
                 site.held[source.slot] = (start, stop)
             extra = "source" if use.kind == "alias" else "result"
@@ -348,24 +376,30 @@ class _FlowBuilder:
                 start = site.stop  # occupied inside the loop by the carry itself
             elif any(s.outer == name for s in site.loop.writes):
                 start = site.enter
-                scope.ends[name] = max(scope.ends.get(name, 0), site.stop)
+                scope.ends[name] = max(scope.ends.get(name, 0), site.stop + 1)
         if uses or name in scope.ends:
             self._fan_out(scope, name, source, uses, start)
 
     def _fan_out(
         self, scope: _Scope, name: str, source: Place, uses: list[_Use], start: int
     ) -> None:
-        """Connects a home with its readers, through one shared copy per group of readers."""
+        """Connects a home with its readers, through one shared copy per group of readers.
+
+        A donated result takes over the memory of the input it replaces, so its home costs
+        bytes only if it is sharded in another way: the conversion to the input's spec accounts
+        for it, and its readers share no copies (they would outlive it).
+        """
         groups: dict[str, list[_Use]] = {}
         for use in uses:
             if use.kind == "use":
                 groups.setdefault(use.group, []).append(use)
         others = [u for u in uses if u.kind != "use"]
-        own = self.flow.sites[scope.sources[name].op] if scope.sources[name].kind == "result" else None
-        storage = own is None
-        copied = {
-            g for g, us in groups.items() if len(us) > 1 and (storage or len(groups) + len(others) > 1)
-        }
+        made = scope.sources[name]
+        own = self.flow.sites[made.op] if made.kind == "result" else None
+        donated = own is not None and any(u.kind == "alias" for u in others)
+        # A home free to lie where its only readers want it needs no copy.
+        bound = own is None or len(groups) + len(others) > 1 or name in self.pins
+        copied = {g for g, us in groups.items() if len(us) > 1 and bound and not donated}
         stop = max(
             [start + 1, scope.ends.get(name, 0)]
             + [u.live_to if u.kind == "read" else max(u.at, start) + 1 for u in others]
@@ -373,13 +407,15 @@ class _FlowBuilder:
             + [min(u.at for u in us) + 1 for g, us in groups.items() if g in copied]
         )
         live = (start, stop)
-        if not self._argument(name, source):
-            self._occupy(source, name, live)
-        else:
+        if self._argument(name, source):
             live = (0, self.flow.steps)
+        elif not donated:
+            self._occupy(source, name, live)
         for use in others:
             if use.kind != "read":
                 extra = "none" if use.kind == "alias" else "result"
+                if donated and use.kind == "alias":
+                    extra = "source"
                 self._convert(scope, name, source, use, live, extra, producer=own)
         for group, members in groups.items():
             if group in copied:
@@ -426,31 +462,29 @@ class _FlowBuilder:
     ) -> None:
         """One conversion and the memory its result takes; `live`: the source's lifetime."""
         t = self.tensors[name]
-        at = use.at if use.at >= 0 else (producer.step if producer else live[1] - 1)
-        times = scope.times
-        phase = producer.op.phase if producer else "forward"
+        phase = producer.op.phase if producer else use.group or scope.phase
         if use.kind == "use":
             phase = self.flow.sites[use.target.op].op.phase
         overlap = None
-        until = self._result_until(scope, use, at)
-        if until > at + 1:
-            overlap = self._hold(use.target, (at + 1, until), live)
+        until = self._result_until(scope, use)
+        if extra == "source" and source.kind == "home" and live[1] > use.at + 1:
+            overlap = (use.at + 1, live[1])
+        elif until > use.at + 1:
+            overlap = self._hold(use.target, (use.at + 1, until), live)
         self.flow.conversions.append(
             Conversion(
-                source, use.target, name, t.shape, t.dtype, times, at, use.kind, extra, overlap,
+                source, use.target, name, t.shape, t.dtype, scope.times, use.at, use.kind, extra, overlap,
                 reduce=producer.op.rule.combiner if producer else "sum", phase=phase,
             )  # fmt: skip
         )
 
-    def _result_until(self, scope: _Scope, use: _Use, at: int) -> int:
+    def _result_until(self, scope: _Scope, use: _Use) -> int:
         """When the converted value is needed no more (by the target's own accounting)."""
         if use.kind in ("copy", "shared"):
             return use.live_to
         if use.kind == "exit":
             return scope.stop
-        if use.kind == "carry":
-            return at + 1  # from the first body step on the entry accounts for itself
-        return at + 1
+        return use.at + 1  # from the first body step on a carry's entry accounts for itself
 
     def _hold(self, target: Place, wanted: Interval, live: Interval) -> Interval | None:
         """Where both live a copy costs only if it differs; alone it costs its bytes."""

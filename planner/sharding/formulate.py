@@ -24,7 +24,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.pricing import kernel_seconds, move_seconds
+from costmodels.collectives import collective_seconds
+from costmodels.pricing import kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner.sharding.choices import Choice, OpChoices
@@ -50,7 +51,6 @@ class Space:
 
     flow: Flow
     mesh: LogicalMesh
-    network_weight: float = 1.0
     resharder: Resharder = field(init=False)
     keys: list[Key] = field(init=False, default_factory=list)
     choices: dict[str, tuple[Choice, ...]] = field(init=False, default_factory=dict)
@@ -60,7 +60,7 @@ class Space:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
         self.resharder = Resharder(
-            self.sizes, lambda kind, axes, size: move_seconds(self.mesh, kind, axes, size)
+            self.sizes, lambda kind, axes, size: collective_seconds(self.mesh, kind, axes, size)
         )
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
@@ -132,21 +132,28 @@ class Space:
         targets, _ = self.rows(c.target)
         item = ITEM_BYTES[c.dtype]
         seconds = self.resharder.seconds
-        return np.array([[seconds(s, t, c.shape, item) for t in targets] for s in sources])
+        return np.array(
+            [[seconds(s, t, c.shape, item, c.reduce) for t in targets] for s in sources]
+        )
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
-        return [
-            (c, self.network_weight * c.times * self.spec_costs(c)) for c in self.flow.conversions
-        ]
+        return [(c, c.times * self.spec_costs(c)) for c in self.flow.conversions]
 
     # ---- the problem ------------------------------------------------------------------------
 
-    def problem(self, limit: float | None, active: Sequence[int]) -> Problem:
-        """The ILP with memory constraints at the schedule steps `active` (none: limit unused)."""
+    def problem(
+        self, limit: float | None, active: Sequence[int], weights: Sequence[float] | None = None
+    ) -> Problem:
+        """The ILP with memory constraints at the schedule steps `active` (none: limit unused).
+
+        `weights`: what a second of each conversion counts (all 1 by default): less than one
+        where the simulator hides it behind computation.
+        """
         costs = [self._costs[key].copy() for key in self.keys]
         merged: dict[tuple[int, int], Array] = {}
         paired: list[tuple[Conversion, Array]] = []
-        for c, by_spec in self._edge_costs:
+        for i, (c, full) in enumerate(self._edge_costs):
+            by_spec = full if weights is None else weights[i] * full
             if limit is not None and self._touches(c, active):
                 paired.append((c, by_spec))
                 continue
@@ -160,6 +167,16 @@ class Space:
         edges = tuple(Edge(i, j, m) for (i, j), m in merged.items())
         names = tuple(f"{kind}:{name}" for kind, name in self.keys)
         return Problem(tuple(costs), edges, tuple(usages), limit, names)
+
+    def memory_problem(self, weights: Mapping[int, float]) -> Problem:
+        """Least weighted sum of the memory at some schedule steps (bytes), time second."""
+        steps = sorted(weights)
+        timed = self.problem(np.inf, steps)
+        costs = list(timed.costs)  # seconds beside bytes: they only break ties
+        for usage in timed.usages:
+            weight = sum(weights[steps[p]] for p in range(usage.start, usage.stop))
+            costs[usage.node] = costs[usage.node] + weight * usage.amount
+        return Problem(tuple(costs), timed.edges, names=timed.names)
 
     def _join(
         self, costs: list[Array], merged: dict[tuple[int, int], Array], c: Conversion, m: Array
@@ -243,10 +260,10 @@ class Space:
         at_step, held = [], []
         for s, t in zip(sources, targets, strict=True):
             between, result = self.resharder.extra_bytes(s, t, c.shape, item)
-            own = prod(s.local_shape(c.shape, self.sizes)) * item
-            extra = {"result": result, "source": own if s != t else 0, "none": 0}[c.extra]
+            own = prod(s.local_shape(c.shape, self.sizes)) * item if s != t else 0
+            extra = {"result": result, "source": own, "none": 0}[c.extra]
             at_step.append(float(between + extra))
-            held.append(float(result))
+            held.append(float(own if c.extra == "source" else result))
         return np.array(at_step), np.array(held)
 
     # ---- solutions --------------------------------------------------------------------------

@@ -1,0 +1,61 @@
+"""From a user's annotation to pinned specs: what one annotated tensor says about others.
+
+Like JAX's `with_sharding_constraint`, an annotation of an activation holds for its cotangent
+and for its recomputation too; that of a parameter holds for where it is stored, not for the
+copies that are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from planner.graph.core import Graph
+from planner.graph.derive import AGAIN
+from planner.sharding.spec import Sizes, Spec
+
+Annotation = Mapping[str, Sequence[Sequence[str]]]  # tensor → for every dimension its axes
+
+
+class PinError(ValueError):
+    """An annotation that cannot hold; `tensor` names it."""
+
+    def __init__(self, tensor: str, message: str) -> None:
+        super().__init__(f"'{tensor}': {message}")
+        self.tensor = tensor
+
+
+def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
+    """Spec of every tensor of the training step that the annotation decides.
+
+    Stacked dimensions of parameters are left out, as in the annotation. Raises PinError for an
+    unknown tensor or axis, a wrong rank, an axis used twice or a size that does not divide.
+    """
+    tensors = graph.all_tensors()
+    pins: dict[str, Spec] = {}
+    for name, dims in annotation.items():
+        if name not in tensors:
+            raise PinError(name, "there is no such tensor in the training step")
+        spec = Spec(tuple(tuple(d) for d in dims))
+        tensor = tensors[name]
+        stacked = len(tensor.shape) - len(spec.dims)
+        shape = tensor.shape[stacked:] if tensor.role == "parameter" else tensor.shape
+        _check(name, spec, shape, sizes)
+        pins[name] = spec
+        if tensor.role == "parameter":
+            continue
+        for other in (name + AGAIN, graph.cotangents.get(name)):
+            if other in tensors and tensors[other].shape == tensor.shape:
+                pins[other] = spec
+    return pins
+
+
+def _check(name: str, spec: Spec, shape: Sequence[int], sizes: Sizes) -> None:
+    if len(spec.dims) != len(shape):
+        raise PinError(name, f"{len(spec.dims)} dimensions annotated, it has {len(shape)}")
+    unknown = [a for a in spec.axes if a not in sizes]
+    if unknown:
+        raise PinError(name, f"unknown mesh axis '{unknown[0]}'; the mesh has {', '.join(sizes)}")
+    if len(set(spec.axes)) != len(spec.axes):
+        raise PinError(name, "a mesh axis can split only one dimension of a tensor")
+    if not spec.fits(shape, sizes):
+        raise PinError(name, f"{spec} does not divide {list(shape)} evenly")

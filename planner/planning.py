@@ -1,0 +1,280 @@
+"""The driver: a model and a mesh in, the fastest plan that fits out.
+
+Only the order of the stages belongs here: derive the step, lay out its flow, solve the ILP with
+memory constraints added where the lowered program exceeds the limit, simulate what was found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from costmodels.memory import Memory, read_memory
+from costmodels.program import Program
+from costmodels.simulate import Timing, simulate
+from meshes import LogicalMesh
+from planner.graph.core import Graph
+from planner.graph.derive import training_step
+from planner.graph.flops import count_flops
+from planner.ilp import Outcome, solve
+from planner.lowering.lower import lower, resolve_specs
+from planner.model import Model
+from planner.pins import Annotation, pinned_specs
+from planner.plan import Plan, Proof
+from planner.result import Result
+from planner.sharding.flow import Flow, build_flow
+from planner.sharding.formulate import Space
+
+DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
+MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
+OVERLAP_WEIGHTS = (1.0, 0.5, 0.2)  # what a second of communication counts, where it may be hidden
+LEAST_MEMORY_ROUNDS = 12
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to plan. `memory_bytes`: limit per device instead of the chip's own."""
+
+    memory_bytes: int | None = None
+    headroom: float = DEFAULT_HEADROOM
+    time_limit_s: float | None = None
+    seed: int = 0
+    backend: str = "auto"
+
+
+class Infeasible(Exception):
+    """No plan fits (proven). `result`: the plan of least memory found, priced."""
+
+    def __init__(self, result: Result, explanation: tuple[str, ...]) -> None:
+        super().__init__(explanation[0])
+        self.result = result
+        self.explanation = explanation
+
+
+class Unsolved(Exception):
+    """The limits on time or work ended the search before any plan was found."""
+
+
+def plan_model(
+    model: Model, mesh: LogicalMesh, options: Options | None = None,
+    progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """The fastest plan that fits; `model.constraints` are kept.
+
+    Raises Infeasible (with the least-memory plan), Unsolved, or PinError.
+    """
+    return _Planning(model, mesh, options or Options(), model.constraints, progress).best()
+
+
+def price_annotations(
+    model: Model, mesh: LogicalMesh, annotation: Annotation, options: Options | None = None
+) -> Result:
+    """A given annotation, completed at least cost and priced: nothing is required to fit.
+
+    Tensors that the annotation leaves open get what the surrogate finds cheapest.
+    Raises PinError.
+    """
+    return _Planning(model, mesh, options or Options(), annotation, None).unlimited()
+
+
+def reprice(
+    model: Model, mesh: LogicalMesh, plan: Plan, annotation: Annotation,
+    options: Options | None = None,
+) -> Result:  # fmt: skip
+    """A stored plan, lowered and read again; nothing is solved.
+
+    `annotation` is the one the plan was made under. Raises ValueError if it does not belong to
+    this model and mesh.
+    """
+    return _Planning(model, mesh, options or Options(), annotation, None).read(plan)
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    plan: Plan
+    program: Program
+    memory: Memory
+    timing: Timing
+
+
+@dataclass
+class _Planning:
+    model: Model
+    mesh: LogicalMesh
+    options: Options
+    annotation: Annotation
+    progress: Progress | None
+    graph: Graph = field(init=False)
+    flow: Flow = field(init=False)
+    active: list[int] = field(default_factory=list)  # steps with a memory constraint
+    slack: float = 0.0  # bytes by which the ILP has under-estimated a program
+
+    def __post_init__(self) -> None:
+        self.say("deriving the training step")
+        self.graph = training_step(self.model, keep=tuple(self.annotation))
+        sizes = dict(self.mesh.axes)
+        self.flow = build_flow(self.graph, pinned_specs(self.graph, self.annotation, sizes))
+        self.say("pricing choices")
+        self.space = Space(self.flow, self.mesh)
+        limit = self.options.memory_bytes
+        self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
+
+    def say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress(text)
+
+    # ---- entry points ---------------------------------------------------------------------
+
+    def best(self) -> Result:
+        overlapping = bool(self.mesh.chip.overlap)
+        found: list[_Candidate] = []
+        proofs: list[Proof] = []
+        for weight in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
+            candidate = self.fitting(weight)
+            found.append(candidate)
+            proofs.append(candidate.plan.proof)
+        fastest = min(found, key=lambda c: c.timing.step_time_s)
+        # The proof concerns the unweighted surrogate.
+        plan = replace(fastest.plan, proof=replace(proofs[0], seconds=sum(p.seconds for p in proofs)))
+        return self.result(replace(fastest, plan=plan))
+
+    def unlimited(self) -> Result:
+        outcome = self.solved(None, 1.0)
+        return self.result(self.candidate(outcome, "given"))
+
+    def read(self, plan: Plan) -> Result:
+        expected = {str(name) for kind, name in self.space.keys if kind == "op"}
+        if set(plan.choices) != expected or len(plan.homes) != len(self.flow.homes):
+            raise ValueError("the plan does not belong to this model")
+        if plan.axes != self.mesh.axes:
+            raise ValueError(f"the plan is for mesh {plan.axes}, not {self.mesh.axes}")
+        return self.result(self.lowered(plan))
+
+    # ---- the ILP with memory ---------------------------------------------------------------
+
+    def fitting(self, weight: float) -> _Candidate:
+        """Least surrogate cost among the plans that fit; constraints are added as needed."""
+        for _ in range(MEMORY_ROUNDS):
+            limited = self.target - self.slack if self.active else None
+            outcome = self.solved(limited, weight)
+            if outcome.choice is None:
+                if outcome.status != "infeasible":
+                    raise Unsolved(f"no plan found within the limits ({outcome.status})")
+                raise self.infeasible()
+            candidate = self.candidate(outcome)
+            if candidate.memory.peak_bytes <= self.target:
+                return candidate
+            self.constrain(candidate.memory)
+        raise Unsolved(f"memory constraints did not settle in {MEMORY_ROUNDS} rounds")
+
+    @property
+    def target(self) -> float:
+        """Predicted peak that still fits, headroom included."""
+        return self.limit / (1 + self.options.headroom)
+
+    def constrain(self, memory: Memory) -> None:
+        """Constraints at the steps that exceed the limit most, one for each hump of the profile."""
+        new = [t for t in humps(memory.profile, self.target) if t not in self.active]
+        if new:
+            self.active = sorted({*self.active, *new})
+            self.say(f"{len(self.active)} memory constraints")
+            return
+        self.slack += memory.peak_bytes - self.target + 1
+
+    def solved(self, limit: float | None, weight: float) -> Outcome:
+        weights = None if weight == 1.0 else [weight] * len(self.flow.conversions)
+        problem = self.space.problem(limit, self.active, weights)
+        self.say(f"solving for {problem.size} decisions")
+        return solve(
+            problem, backend=self.options.backend, time_limit=self.options.time_limit_s,
+            seed=self.options.seed,
+        )  # fmt: skip
+
+    def infeasible(self) -> Infeasible:
+        """The plan of least memory (multiplicative weights over the constrained steps)."""
+        self.say("nothing fits: looking for the plan of least memory")
+        weights = dict.fromkeys(self.active, 1.0)
+        found = []
+        for _ in range(LEAST_MEMORY_ROUNDS):
+            problem = self.space.memory_problem(weights)
+            found.append(self.candidate(solve(problem, seed=self.options.seed), "infeasible"))
+            weights = heavier(weights, found[-1].memory.profile)
+        result = self.result(min(found, key=lambda c: c.memory.peak_bytes))
+        return Infeasible(result, explain(result))
+
+    # ---- readings -------------------------------------------------------------------------
+
+    def candidate(self, outcome: Outcome, status: str = "") -> _Candidate:
+        if outcome.choice is None:
+            raise Unsolved(f"no plan found ({outcome.status})")
+        proof = Proof(
+            status or outcome.status, outcome.cost, outcome.bound, outcome.gap, outcome.seconds
+        )
+        return self.lowered(self.space.plan(outcome.choice.tolist(), proof))
+
+    def lowered(self, plan: Plan) -> _Candidate:
+        program = lower(self.flow, plan, self.space.resharder)
+        return _Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
+
+    def result(self, c: _Candidate) -> Result:
+        return Result(
+            self.model, self.mesh, self.graph, c.plan, c.program, c.timing, c.memory,
+            count_flops(self.graph), self.limit, self.options.headroom,
+            resolve_specs(self.flow, c.plan, self.space.resharder), self.mesh.topology.notes,
+        )  # fmt: skip
+
+
+def humps(profile: Sequence[int], limit: float) -> list[int]:
+    """The highest step of every run of steps above the limit."""
+    found: list[int] = []
+    inside = False
+    for t, size in enumerate(profile):
+        if size <= limit:
+            inside = False
+        elif not inside or size > profile[found[-1]]:
+            found[-1:] = [t] if inside else [*found[-1:], t]
+            inside = True
+    return found
+
+
+def heavier(weights: dict[int, float], profile: Sequence[int]) -> dict[int, float]:
+    """Weights of schedule steps after a plan with this profile: more where it needs more."""
+    peak = max(profile)
+    steps = {*weights, profile.index(peak)}
+    start = max(weights.values())
+    grown = {t: weights.get(t, start) * 2 ** (4 * (profile[t] / peak - 1)) for t in sorted(steps)}
+    return {t: w / max(grown.values()) for t, w in grown.items()}
+
+
+def explain(result: Result) -> tuple[str, ...]:
+    """Why nothing fits, in the user's words: what fills the memory, what could be relaxed."""
+    gib = 2**30
+    memory, training = result.memory, result.model.training
+    need = memory.peak_bytes * (1 + result.headroom)
+    lines = [
+        f"does not fit: the plan of least memory found needs {need / gib:.2f} GiB per device "
+        f"(headroom {result.headroom:.0%} included), the limit is {result.limit_bytes / gib:.2f} GiB"
+    ]
+    parts = sorted(memory.parts.items(), key=lambda kv: -kv[1])
+    lines.append(
+        "memory at the peak: "
+        + ", ".join(f"{name.replace('_', ' ')} {n / gib:.2f} GiB" for name, n in parts if n)
+    )
+    lines.append(
+        "largest tensors: " + ", ".join(f"{t} {n / gib:.2f} GiB" for t, _, n in memory.largest[:5])
+    )
+    relax = ["more devices"]
+    if memory.parts["activations"] + memory.parts["temporaries"] > memory.peak_bytes / 4:
+        if training.remat != "full":
+            relax.append("training.remat: full")
+        relax.append("a smaller training.batch, or more training.accumulation_steps")
+    if memory.parts["optimizer"] > memory.peak_bytes / 4 and training.optimizer != "adafactor":
+        relax.append("an optimizer with smaller states (adafactor)")
+    if result.model.constraints:
+        relax.append("fewer constraints")
+    lines.append("what could be relaxed: " + "; ".join(relax))
+    return tuple(lines)

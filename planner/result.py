@@ -1,0 +1,65 @@
+"""What planning or pricing a model gives back: the plan, its program and the program's readings.
+
+Only data and what follows from it by arithmetic; nothing here searches, prices or prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from costmodels.memory import Memory
+from costmodels.program import Program
+from costmodels.simulate import Timing
+from meshes import LogicalMesh
+from planner.graph.core import Graph
+from planner.graph.flops import Flops
+from planner.model import Model
+from planner.plan import Plan
+from planner.sharding.spec import Spec
+
+
+@dataclass(frozen=True)
+class Result:
+    """A plan of `model` on `mesh`, read. `graph` is the training step.
+
+    `specs`: where every materialised tensor lies (stacked parameters with their stacked
+    dimensions). `limit_bytes` is per device; `headroom` the fraction by which the compiler may
+    need more than predicted. `notes` say what a reader of the report should know.
+    """
+
+    model: Model
+    mesh: LogicalMesh
+    graph: Graph
+    plan: Plan
+    program: Program
+    timing: Timing
+    memory: Memory
+    flops: Flops
+    limit_bytes: int
+    headroom: float
+    specs: Mapping[str, Spec]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fits(self) -> bool:
+        return self.memory.peak_bytes * (1 + self.headroom) <= self.limit_bytes
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs over what the devices could do at the peak of the compute dtype."""
+        return self.flops.model / self._capacity
+
+    @property
+    def hfu(self) -> float:
+        """The same with the work that the schedule adds (recomputation, dispatch)."""
+        return self.flops.hardware / self._capacity
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.model.tokens / self.timing.step_time_s
+
+    @property
+    def _capacity(self) -> float:
+        peak = self.mesh.chip.peak_flops(self.model.training.compute)
+        return self.timing.step_time_s * self.mesh.devices * peak
