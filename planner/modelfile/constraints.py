@@ -41,6 +41,8 @@ def check_constraints(
     tensors = unstacked(graph)
     found = {}
     for key, value in node.entries:
+        if key.value not in given:  # noted already
+            continue
         tensor = tensors.get(key.value)
         if tensor is None:
             hint = nearest(key.value, tensors, "name a tensor of the graph: embed, layers.w_in …")

@@ -97,7 +97,7 @@ def _syntax(error: SyntaxError, stripped: str, lead: int) -> OpSyntax:
     before = sum(len(part) + 1 for part in lines[: line - 1])
     column = min(max((error.offset or 1) - 1, 0), max(len(lines[line - 1]) - 1, 0))
     message = (error.msg or "not understood").split(". ")[0]
-    return OpSyntax(f"not an op: {message}", lead + before + column)
+    return OpSyntax(f"not understood: {message}", lead + before + column)
 
 
 def _check_depth(module: ast.Module, text: str) -> None:

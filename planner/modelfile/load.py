@@ -331,7 +331,7 @@ class _Loader:
         node, found = self.root.get("assumed"), []
         for i, entry in enumerate(self.data.get("assumed", [])):
             item = node.items[i] if isinstance(node, Listing) else None
-            if not isinstance(item, Table) or entry.key in self.changed:
+            if entry is None or not isinstance(item, Table) or entry.key in self.changed:
                 continue
             if self._assumption_holds(entry, item):
                 found.append(Assumed(entry.key, entry.value, entry.low, entry.high, entry.why))

@@ -10,10 +10,13 @@ from pydantic.fields import FieldInfo
 
 from meshes.yamltree import Listing, Node, Scalar, Table
 from planner.modelfile.diagnostics import Findings, nearest
-from planner.modelfile.fields import RENAMED, File
+from planner.modelfile.fields import RENAMED, AssumedFields, Axes, File
 from planner.modelfile.scalars import plain_data
 
 Path = tuple[str | int, ...]
+
+_CONSTRAINT: TypeAdapter[list[Any]] = TypeAdapter(list[Axes], config={"strict": True})
+_ASSUMED = TypeAdapter(AssumedFields)
 
 
 def validate_file(root: Table, findings: Findings) -> dict[str, Any]:
@@ -25,10 +28,34 @@ def validate_file(root: Table, findings: Findings) -> dict[str, Any]:
             hint = _unknown_hint(key.value, File)
             findings.add("unknown-key", f"unknown key '{key.value}'", key.place, hint)
             continue
-        value = _section(key, node, field, findings)
-        if value is not None:
-            found[key.value] = value
+        if key.value == "constraints" and isinstance(node, Table):
+            found[key.value] = _entries(key, node, findings)
+        elif key.value == "assumed" and isinstance(node, Listing):
+            found[key.value] = _items(key, node, findings)
+        else:
+            value = _section(key, node, field, findings)
+            if value is not None:
+                found[key.value] = value
     return found
+
+
+def _entries(key: Scalar, node: Table, findings: Findings) -> dict[str, list[Any]]:
+    """Constraints by tensor, without those that are wrong."""
+    parent = Table(node.place, [(key, node)])
+    found = {}
+    for name in node.names():
+        value = validated(_CONSTRAINT, parent, key.value, findings, at=(name,))
+        if value is not None:
+            found[name] = value
+    return found
+
+
+def _items(key: Scalar, node: Listing, findings: Findings) -> list[AssumedFields | None]:
+    """Assumptions in their order, None where one is wrong."""
+    parent = Table(node.place, [(key, node)])
+    return [
+        validated(_ASSUMED, parent, key.value, findings, at=(i,)) for i in range(len(node.items))
+    ]
 
 
 def _section(key: Scalar, node: Node, field: FieldInfo, findings: Findings) -> Any:
@@ -48,26 +75,29 @@ def _annotated(field: FieldInfo) -> Any:
 
 def validated(
     adapter: TypeAdapter[Any], parent: Table, key: str, findings: Findings,
-    data: Any = None, model: type[BaseModel] | None = None,
+    data: Any = None, model: type[BaseModel] | None = None, at: Path = (),
 ) -> Any:  # fmt: skip
-    """`parent[key]` (or the `data` made of it) as the adapter's type; None if it is wrong."""
+    """`parent[key]` (what is `at` in it; or the `data` made of it) as the adapter's type; None
+    if it is wrong. `model`: whose keys they are, if File does not say."""
     node = parent.get(key)
+    for part in at:
+        node = _child(node, part)
     if node is None:
         return None
     try:
         return adapter.validate_python(plain_data(node) if data is None else data)
     except ValidationError as error:
-        _note(error, parent, key, findings, model)
+        _note(error, parent, (key, *at), findings, model)
     return None
 
 
 def _note(
-    error: ValidationError, parent: Table, key: str, findings: Findings,
+    error: ValidationError, parent: Table, start: Path, findings: Findings,
     model: type[BaseModel] | None,
 ) -> None:  # fmt: skip
     seen: set[Path] = set()
     for detail in error.errors(include_url=False, include_context=True):
-        path = _real_path(parent, (key, *detail["loc"]), detail["type"])
+        path = _real_path(parent, (*start, *detail["loc"]), detail["type"])
         if path in seen:  # the alternatives of a union say the same thing
             continue
         seen.add(path)
