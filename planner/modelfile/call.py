@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -206,7 +207,7 @@ def _usage(f: Function) -> str:
 
 def _without_name(error: GraphError, name: str) -> str:
     """The message without the op's name in front: the place says it."""
-    return str(error).removeprefix(f"{name}: ")
+    return re.sub(rf"^{re.escape(name)}[.\w]*: ", "", str(error))
 
 
 def _described(value: Any) -> str:

@@ -77,7 +77,8 @@ def check_syntax(graph: Node, findings: Findings) -> None:
     ops = graph.get("ops") if isinstance(graph, Table) else None
     for node in ops.items if isinstance(ops, Listing) else []:
         if isinstance(node, Scalar):
-            _parse(node, findings)
+            if isinstance(value_of(node), str):
+                _parse(node, findings)
         else:
             check_syntax(node, findings)
 
@@ -110,11 +111,12 @@ class _Compiler:
     def _loss(self, scope: Scope, table: Table) -> str | None:
         """The loss: the tensor of that name, else the result of the last op."""
         last = scope.steps[-1]
+        if "loss" not in scope.names and isinstance(last.op, Block):
+            message = "the last op is a repeat, and no tensor is called loss"
+            self._add("no-loss", message, last.node.place)
+            return None
         name = "loss" if "loss" in scope.names else last.makes[0]
         place = self.places.get(name, last.node.place)
-        if name != "loss" and isinstance(last.op, Block):
-            self._add("no-loss", "the last op is a repeat, and no tensor is called loss", place)
-            return None
         loss = scope.names[name]
         if loss is None:  # made of dims that are reported elsewhere
             return None
@@ -273,7 +275,11 @@ class _Compiler:
     def _unknown(self, scope: Scope, name: str, at: int) -> OpError:
         outer: Scope | None = scope
         while outer is not None:
-            later = [s for s in outer.steps[outer.at :] if name in s.makes]
+            current = outer.steps[outer.at] if outer.steps else None
+            later = [
+                s for s in outer.steps[outer.at :]
+                if name in s.makes and not (s is current and isinstance(s.op, Block))
+            ]  # fmt: skip
             if later:
                 return self._too_early(outer, name, at, later[0])
             outer = outer.parent

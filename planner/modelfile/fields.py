@@ -126,7 +126,8 @@ class RepeatFields(_Strict):
 
 
 def _op_or_block(value: Any) -> str:
-    return "<block>" if isinstance(value, dict) else "<op>"
+    keys = set(value) if isinstance(value, dict) else set()
+    return "<block>" if keys & {"repeat", "params", "ops"} else "<op>"
 
 
 class RepeatBlock(_Strict):

@@ -118,8 +118,10 @@ def compute(operator: str, left: Number, right: Number, offset: int) -> Number:
     """`left operator right`; SizeError for what has no (reasonable) result."""
     try:
         result = _compute(operator, left, right)
-    except (ZeroDivisionError, OverflowError):
-        raise SizeError("bad-size", "division by zero, or too large", "", offset) from None
+    except ZeroDivisionError:
+        raise SizeError("bad-size", "division by zero", "", offset) from None
+    except OverflowError:
+        raise SizeError("bad-size", "no reasonable number", "", offset) from None
     if isinstance(result, complex):
         raise SizeError("bad-size", "no reasonable number", "", offset)
     return bounded(result, offset)

@@ -135,7 +135,7 @@ def _describe(detail: Mapping[str, Any]) -> tuple[str, str, str]:
     if kind == "wrong_type":
         return "wrong-type", f"{detail['msg']}, not {_shown(value)}", ""
     if kind in _WANTED:
-        hint = _number_hint(value) if "number" in _WANTED[kind] else ""
+        hint = _type_hint(_WANTED[kind], value)
         return "wrong-type", f"must be {_WANTED[kind]}, not {_shown(value)}", hint
     message = detail["msg"].removeprefix("Value error, ")
     if kind == "value_error":  # the settings' own words about several of their fields
@@ -151,9 +151,12 @@ _WANTED = {
 }  # fmt: skip
 
 
-def _number_hint(value: Any) -> str:
-    looks = "numbers look like 1024, 1e9, 512k or 16GiB, without quotes"
-    return looks if isinstance(value, str) else ""
+def _type_hint(wanted: str, value: Any) -> str:
+    if "number" in wanted and isinstance(value, str):
+        return "numbers look like 1024, 1e9, 512k or 16GiB, without quotes"
+    if wanted == "text" and isinstance(value, dict):
+        return "text that contains ': ' needs quotes"
+    return ""
 
 
 def _shown(value: Any) -> str:
