@@ -85,6 +85,8 @@ class Scalar:
         What is no space is spelled literally and in order; where an escape breaks that, the
         start of the value has to do.
         """
+        if offset == 0:  # the value as a whole: with its quote
+            return self.place
         source = self.place.source
         wanted = [c for c in self.value[:offset] if not c.isspace()]
         spelled = [i for i in range(self._body(), self.end) if not source.text[i].isspace()]
