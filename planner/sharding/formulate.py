@@ -130,11 +130,7 @@ class Space:
         """Seconds of one execution of `c` for every pair of distinct source and target specs."""
         sources, _ = self.rows(c.source)
         targets, _ = self.rows(c.target)
-        item = ITEM_BYTES[c.dtype]
-        seconds = self.resharder.seconds
-        return np.array(
-            [[seconds(s, t, c.shape, item, c.reduce) for t in targets] for s in sources]
-        )
+        return self.resharder.matrix(sources, targets, c.shape, ITEM_BYTES[c.dtype], c.reduce)
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
         return [(c, c.times * self.spec_costs(c)) for c in self.flow.conversions]

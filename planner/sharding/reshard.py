@@ -71,7 +71,7 @@ class SpecGraph:
             for u, spec in enumerate(self.specs)
             for move in _moves(spec, self.sizes)
         ]
-        return sorted(found, key=lambda edge: edge[:2])
+        return sorted(found, key=lambda edge: (edge[1], edge[0]))
 
     @cached_property
     def arrays(self) -> tuple[Ints, Ints, Floats]:
@@ -166,26 +166,34 @@ class Resharder:
 
     def matrix(
         self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
-        itemsize: int,
+        itemsize: int, reduce: str = "sum",
     ) -> Floats:  # fmt: skip
         """Seconds of the paths between specs on an idle network; inf where there is none."""
         graph, distances = self._of(shape, itemsize)
         table = distances.table(
             [graph.number[s] for s in sources], [graph.number[t] for t in targets]
         )
-        return np.where(table < MOVE_EPSILON_S * 100, 0.0, table)
+        seconds = np.where(table < MOVE_EPSILON_S * 100, 0.0, table)
+        if reduce != "sum":
+            mixed = [[_mixes(s, t, reduce) for t in targets] for s in sources]
+            seconds[np.array(mixed)] = np.inf
+        return seconds
 
     def seconds(
-        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int
-    ) -> float:
-        """Time of the path on an idle network; inf if there is none (a shard cannot become an
-        unreduced sum)."""
-        return float(self.matrix([source], [target], shape, itemsize)[0, 0])
+        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int,
+        reduce: str = "sum",
+    ) -> float:  # fmt: skip
+        """Time of the path on an idle network; inf if there is none."""
+        return float(self.matrix([source], [target], shape, itemsize, reduce)[0, 0])
 
     def path(
-        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int
-    ) -> tuple[Move, ...] | None:
-        """Moves that turn `source` into `target`, or None if there is no way."""
+        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int,
+        reduce: str = "sum",
+    ) -> tuple[Move, ...] | None:  # fmt: skip
+        """Moves that turn `source` into `target`, or None if there is no way: partial results
+        of another kind than sums (`reduce`) cannot become an unreduced sum."""
+        if _mixes(source, target, reduce):
+            return None
         if source == target:
             return ()
         graph, distances = self._of(shape, itemsize)
@@ -276,6 +284,11 @@ def _reductions(spec: Spec) -> Iterator[Move]:
             for order in permutations(axes):
                 grown = _with(spec, {d: (*spec.dims[d], *order)}, rest)
                 yield Move("reduce-scatter", order, grown, d)
+
+
+def _mixes(source: Spec, target: Spec, reduce: str) -> bool:
+    """Whether the reader would add up what has to be combined in another way."""
+    return reduce != "sum" and any(a in target.partial for a in source.partial)
 
 
 def _with(

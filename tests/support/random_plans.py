@@ -1,0 +1,138 @@
+"""Draws random valid plans of a flow, and runs their lowered programs on virtual devices."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+
+import numpy as np
+
+from costmodels.program import Program
+from planner.graph.core import Graph
+from planner.lowering.lower import lower
+from planner.plan import Plan, Proof
+from planner.sharding.choices import OpChoices
+from planner.sharding.flow import Conversion, Flow, Place
+from planner.sharding.formulate import home_specs
+from planner.sharding.reshard import Resharder
+from planner.sharding.spec import Spec
+from planner.values import reference
+from planner.values.interpret import Interpreter, shard, unshard
+
+Axes = tuple[tuple[str, int], ...]
+NO_PROOF = Proof("drawn", 0.0, 0.0, 0.0)
+Node = tuple[str, int | str]  # ("op", name) or ("home", id)
+
+
+def unit_price(kind: str, axes: tuple[str, ...], payload_bytes: float) -> float:
+    """A stand-in for seconds that makes no two collectives free."""
+    return 1e-6 + payload_bytes * 1e-9 * len(axes)
+
+
+class PlanDrawer:
+    """Random choices and specs, repaired until every conversion has a path."""
+
+    def __init__(self, flow: Flow, axes: Axes) -> None:
+        self.flow, self.axes, self.sizes = flow, axes, dict(axes)
+        self.options: dict[Node, tuple[object, ...]] = {}
+        for site in flow.sites.values():
+            name = site.op.origin or site.op.name
+            if ("op", name) not in self.options:
+                self.options["op", name] = OpChoices(site.op, axes).choices
+        for home in flow.homes:
+            self.options["home", home.id] = home_specs(home, self.sizes)
+
+    def node(self, place: Place) -> Node | None:
+        if place.kind == "fixed":
+            return None
+        if place.kind == "home":
+            return ("home", place.home)
+        op = self.flow.sites[place.op].op
+        return ("op", op.origin or op.name)
+
+    def plan(self, taken: Mapping[Node, object]) -> Plan:
+        choices = {str(n): c for (kind, n), c in taken.items() if kind == "op"}
+        homes = tuple(taken["home", h.id] for h in self.flow.homes)
+        return Plan(self.axes, choices, homes, NO_PROOF)  # type: ignore[arg-type]
+
+    def draw(self, seed: int) -> Plan:
+        rng = random.Random(seed)
+        eager = rng.choice((0.0, 0.3, 0.7))  # how often the first option (replicated) is retried
+        taken = {node: self._option(rng, node, eager) for node in self.options}
+        for attempt in range(200):
+            broken = [c for c in self.flow.conversions if not self._valid(c, taken)]
+            if not broken:
+                return self.plan(taken)
+            for c in broken:
+                ends = [n for n in (self.node(c.source), self.node(c.target)) if n is not None]
+                node = rng.choice(ends)
+                calm = rng.random() < attempt / 100  # replicated ends always have a path
+                taken[node] = self.options[node][0] if calm else self._option(rng, node, eager)
+        raise AssertionError("no valid plan was drawn")
+
+    def _option(self, rng: random.Random, node: Node, eager: float) -> object:
+        found = rng.choice(self.options[node])
+        if found is self.options[node][0] and rng.random() < eager:
+            return rng.choice(self.options[node])
+        return found
+
+    def _valid(self, c: Conversion, taken: Mapping[Node, object]) -> bool:
+        source, target = self.spec(c.source, taken), self.spec(c.target, taken)
+        return possible(source, target, c.reduce)
+
+    def spec(self, place: Place, taken: Mapping[Node, object]) -> Spec:
+        if place.kind == "fixed":
+            assert place.spec is not None
+            return place.spec
+        option = taken[self.node(place)]  # type: ignore[index]
+        if isinstance(option, Spec):
+            return Spec(option.dims[place.lead :], option.partial)
+        rule = self.flow.sites[place.op].op.rule
+        if place.kind == "operand":
+            return option.operand(rule, place.slot)  # type: ignore[attr-defined]
+        return option.result(rule, place.slot, list(self.sizes))  # type: ignore[attr-defined]
+
+
+def possible(source: Spec, target: Spec, reduce: str) -> bool:
+    """Whether arrays in `source` can be brought into `target`: a shard cannot become an
+    unreduced sum, and neither can an unreduced maximum."""
+    if set(source.axes) & set(target.partial):
+        return False
+    return reduce == "sum" or not set(source.partial) & set(target.partial)
+
+
+def run_plan(flow: Flow, plan: Plan, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The step's outputs as the lowered program computes them on virtual devices."""
+    return outputs(flow, plan, lowered(flow, plan), inputs)
+
+
+def lowered(flow: Flow, plan: Plan) -> Program:
+    return lower(flow, plan, Resharder(plan.sizes, unit_price))
+
+
+def outputs(
+    flow: Flow, plan: Plan, program: Program, inputs: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """What `program`, lowered from `plan`, computes, its shards put together."""
+    shards = {
+        name: shard(np.asarray(inputs[name], dtype=float), _home(flow, plan, name), plan.axes)
+        for name in flow.graph.inputs
+    }
+    outs = Interpreter(program).run(shards)
+    found = {}
+    for name, parts in outs.items():
+        old = flow.graph.aliases.get(name)
+        rank = len(flow.graph.tensors[name].shape)
+        spec = Spec(((),) * rank) if old is None else _home(flow, plan, old)
+        found[name] = unshard(parts, spec, plan.axes)
+    return found
+
+
+def _home(flow: Flow, plan: Plan, tensor: str) -> Spec:
+    home, lead = flow.home_of[tensor]
+    return Spec(plan.homes[home].dims[lead:], plan.homes[home].partial)
+
+
+def expected(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    values = reference.evaluate(graph, inputs)
+    return {name: values[name] for name in graph.outputs}
