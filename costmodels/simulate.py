@@ -244,7 +244,7 @@ class _Simulation:
                 found = [self.points.get(t) for t in range(part.start, part.stop)]
                 early += [item for p in found if p for item in p.early]
                 late += [item for p in found if p for item in p.late]
-        return early, late
+        return sorted(early, key=lambda item: item.index), late
 
     def _state(self, scope: _Scope, before: _Scope | None, late: Sequence[Item]) -> object:
         """Everything that the iterations to come depend on, relative to now."""
@@ -257,7 +257,7 @@ class _Simulation:
         pending = [(ahead(p[0]), p[1] - scope.serial, p[2]) for p in self.future]
         pending += [(0, p[0] - scope.serial, p[1]) for p in self.eligible]
         known = sorted((b, ahead(time)) for b, time in scope.ready.items())
-        old = [before and ahead(before.ready.get(item.outs[0], _NEVER)) for item in late]
+        old = [] if before is None else [before.ready.get(item.outs[0], _NEVER) for item in late]
         waiting = [
             (i, b, item.index)
             for i, s in enumerate((scope, before))
@@ -265,9 +265,10 @@ class _Simulation:
             for b, items in s.waiting.items()
             for item, _ in items
         ]
+        unfinished = tuple(time if time == _NEVER else ahead(time) for time in old)
         return (
-            ahead(self.network), before is None, tuple(sorted(pending)), tuple(known),
-            tuple(old), tuple(sorted(waiting)),
+            ahead(self.network), before is None, tuple(sorted(pending)), tuple(known), unfinished,
+            tuple(sorted(waiting)),
         )  # fmt: skip
 
     def _skip(
