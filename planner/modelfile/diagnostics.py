@@ -48,11 +48,6 @@ class Findings:
         if len(self.diagnostics) >= MAX_DIAGNOSTICS:
             raise ModelErrors(self.diagnostics)
 
-    def check(self) -> None:
-        """Raise ModelErrors if anything was found."""
-        if self.diagnostics:
-            raise ModelErrors(self.diagnostics)
-
 
 def at(place: Place, code: str, message: str, hint: str = "") -> Diagnostic:
     return Diagnostic(

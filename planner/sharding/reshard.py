@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 Pricer = Callable[[str, tuple[str, ...], Floats], Any]
 
 FREE = ("slice", "mask")
-MOVE_EPSILON_S = 1e-12  # a free move still counts, so that paths have no pointless ones
+MOVE_EPSILON_S = 1e-15  # a free move still counts, so that paths have no pointless ones
 CHUNK_CELLS = 20_000_000  # of the distance table relaxed at a time: bounds memory
 
 

@@ -9,6 +9,7 @@ from zoo_support import architecture, document, graph, training
 
 from meshes.resolve import resolve
 from planner import zoo
+from planner.architectures.settings import Experts
 from planner.graph.derive import training_step
 from planner.model import OPTIMIZERS, REMAT_POLICIES, Model
 
@@ -19,7 +20,7 @@ NAMES = zoo.names()
 def test_the_named_models_are_there() -> None:
     wanted = {
         "lamda-137b", "bert-480b", "gpt3-175b", "llama3-8b", "llama3-70b", "t5-11b", "vit-22b",
-        "resnet-50", "unet-2d", "unet-3d",
+        "resnet-50", "unet-2d", "unet-3d", "gshard-m4", "glam-1.2t", "mixtral-8x7b",
     }  # fmt: skip
     assert wanted <= set(NAMES)
 
@@ -33,6 +34,19 @@ def test_an_unknown_name_is_a_key_error() -> None:
 def test_parameters_are_the_published_ones(name: str) -> None:
     published = float(document(name)["published_parameters"])
     assert graph(name).parameter_count == pytest.approx(published, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "billions"), [("glam-1.2t", 96.6), ("mixtral-8x7b", 12.9)]
+)
+def test_parameters_active_per_token_are_the_published_ones(name: str, billions: float) -> None:
+    s = architecture(name)
+    assert isinstance(s, Experts)
+    active = sum(
+        p.elements * (s.top_k if ".expert_" in p.name else s.experts) / s.experts
+        for p in graph(name).parameters()
+    )
+    assert active == pytest.approx(billions * 1e9, rel=TOLERANCE)
 
 
 @pytest.mark.parametrize("name", NAMES)
