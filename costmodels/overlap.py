@@ -94,7 +94,7 @@ class _Windows:
         return Window(
             issue, deadline,
             before.index if before and issue < before.step else None,
-            after.index if after and deadline >= after.step else None,
+            after.index if after and item.step < deadline >= after.step else None,
         )  # fmt: skip
 
     # ---- what moves along ---------------------------------------------------------------------
@@ -109,11 +109,12 @@ class _Windows:
         return maker if maker.step in region and not waits else None
 
     def _converter_after(self, item: Item, region: Region) -> Item | None:
-        """The only reader of the result."""
+        """The only reader of the result, if nothing in the region waits for what it makes."""
         readers = self.readers.get(item.outs[0], [])
-        if len(readers) != 1 or not _converts(readers[0]):
+        if len(readers) != 1 or not _converts(readers[0]) or readers[0].step not in region:
             return None
-        return readers[0] if readers[0].step in region else None
+        onward = self.readers.get(readers[0].outs[0], ())
+        return None if any(r.step in region for r in onward) else readers[0]
 
     # ---- earlier ------------------------------------------------------------------------------
 
@@ -121,7 +122,9 @@ class _Windows:
         """Walks back while there is something to hide, an operand and room."""
         t = item.step
         made = [*item.outs, *(before.outs if before else ())]
-        first = self._available(before.ins if before else item.ins, region)
+        first = self._available(item.ins, region, 0)
+        if before is not None:
+            first = min(first, self._available(before.ins, region, 1))
         if self.carried.intersection(made):
             return t
         work, traffic = 0, self.network[t]
@@ -134,14 +137,15 @@ class _Windows:
             traffic += self.network[step]
         return t
 
-    def _available(self, sources: Iterable[int], region: Region) -> int:
-        """The first step in which all `sources` can be read."""
+    def _available(self, sources: Iterable[int], region: Region, behind: int) -> int:
+        """The first step that all `sources` are there for: a collective waits for what is made
+        in the step that issues it, a kernel starts at the step's start, one step `behind`."""
         first = region.start - region.length + 1 if region.cyclic else region.start
         for source in sources:
             maker = self.makers.get(source)
             if maker is not None and maker.step in region:
                 window = self.found.get(maker.index)
-                first = max(first, maker.step if window is None else window.issue)
+                first = max(first, maker.step + behind if window is None else window.issue)
             elif source in self.carried:
                 first = max(first, region.start)
         return first
