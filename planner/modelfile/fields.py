@@ -131,7 +131,7 @@ def _op_or_block(value: Any) -> str:
 
 
 class RepeatBlock(_Strict):
-    repeat: RepeatFields
+    repeat: RepeatFields = Field(description="name, number of runs, what each hands on")
     params: dict[str, str] = Field({}, description='parameters of one run: w_in: "[D, F]"')
     ops: list[OpOrBlock] = Field(description="ops of one run, in order")
 
