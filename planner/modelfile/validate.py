@@ -139,7 +139,7 @@ def _describe(detail: Mapping[str, Any]) -> tuple[str, str, str]:
         return "wrong-type", f"must be {_WANTED[kind]}, not {_shown(value)}", hint
     if kind == "too_short":
         return "bad-value", "is empty", ""
-    message = detail["msg"].removeprefix("Value error, ")
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
     if kind == "value_error":  # the settings' own words about several of their fields
         return "bad-value", f"cannot be: {message}", ""
     return "bad-value", f"is {_shown(value)}: {message}", ""
