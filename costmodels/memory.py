@@ -1,16 +1,30 @@
 """Bytes: peak liveness of a Program on one device.
 
-All buffers of a step coexist. A buffer lives from the step that makes it to the last that reads
-it; inputs live all the time (donated ones are taken over by the outputs that alias them). What
-a loop saves or reads as a stack lives as long as the loop needs it.
+The rules, in steps of the schedule (every Step counts once, a loop's body stands for all its
+iterations):
+
+* all buffers of a step coexist: operands, results and what lies between them;
+* a buffer lives from the step that makes it through the last that reads it; what a loop body
+  reads from outside lives to the loop's end;
+* inputs live all the time, and so does what an output needs; an output that takes over an
+  input's memory (donated state), or a slice of a stack, takes none of its own;
+* a stack that a loop writes is allocated when the loop starts and lives through the step after
+  it, one that it reads lives to its end;
+* a carried value occupies one buffer at the start of an iteration (`entry`), a second from where
+  the next value is made (`exit`), and one after the loop (`result`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from costmodels.program import CATEGORIES, Block, LoopStep, Program, Step
+import numpy as np
+from numpy.typing import NDArray
+
+from costmodels.program import CATEGORIES, Block, Buffer, LoopStep, Program, Step
+
+Span = tuple[int, int, int]  # buffer, first step, stop
 
 
 @dataclass(frozen=True)
@@ -24,60 +38,89 @@ class Memory:
     largest: tuple[tuple[str, str, int], ...]  # (tensor, category, bytes) at the peak
 
 
-def read_memory(program: Program) -> Memory:
-    """Peak and profile over the flattened schedule; raises ValueError on a malformed program."""
-    reading = _Liveness(program)
-    spans = reading.spans()
-    profile = [0] * reading.steps
-    for buffer, start, stop in spans:
-        size = program.buffers[buffer].bytes
-        for t in range(start, stop):
-            profile[t] += size
-    peak = max(range(len(profile)), key=profile.__getitem__) if profile else 0
+@dataclass(frozen=True)
+class Lifetimes:
+    """`spans`: everything that takes memory; `names`: of the steps; `roots`: of each alias, the
+    buffer whose memory it uses."""
+
+    spans: tuple[Span, ...]
+    names: tuple[str, ...]
+    roots: dict[int, int]
+
+    def root(self, buffer: int) -> int:
+        return self.roots.get(buffer, buffer)
+
+
+def read_memory(program: Program, held: Sequence[Span] = ()) -> Memory:
+    """Peak and profile over the schedule; `held`: lifetimes that overlapping adds (see
+    `overlap`). Raises ValueError for a program that aliases in a circle."""
+    life = lifetimes(program)
+    spans = (*life.spans, *held)
+    profile = usage(program, spans, len(life.names))
+    if not len(profile):
+        return Memory(0, dict.fromkeys(CATEGORIES, 0), "", (), ())
+    peak = int(profile.argmax())
     live = [program.buffers[b] for b, start, stop in spans if start <= peak < stop]
     parts = dict.fromkeys(CATEGORIES, 0)
     for buffer in live:
         parts[buffer.category] += buffer.bytes
     largest = sorted(((b.tensor, b.category, b.bytes) for b in live), key=lambda x: -x[2])
     return Memory(
-        profile[peak] if profile else 0, parts, reading.names[peak] if profile else "",
-        tuple(profile), tuple(largest),
-    )  # fmt: skip
+        int(profile[peak]), parts, life.names[peak], tuple(profile.tolist()), tuple(largest)
+    )
+
+
+def usage(program: Program, spans: Iterable[Span], steps: int) -> NDArray[np.int64]:
+    """Bytes in use at every step."""
+    rows = [(start, stop, program.buffers[b].bytes) for b, start, stop in spans]
+    change = np.zeros(steps + 1, dtype=np.int64)
+    if rows:
+        starts, stops, sizes = np.array(rows, dtype=np.int64).T
+        np.add.at(change, starts, sizes)
+        np.subtract.at(change, stops, sizes)
+    return change[:-1].cumsum()
+
+
+def lifetimes(program: Program) -> Lifetimes:
+    """When every buffer that takes memory lives."""
+    return _Liveness(program).lifetimes()
 
 
 @dataclass
 class _Liveness:
     program: Program
-    steps: int = 0
     names: list[str] = field(default_factory=list)
     first: dict[int, int] = field(default_factory=dict)
-    last: dict[int, int] = field(default_factory=dict)  # exclusive
+    stop: dict[int, int] = field(default_factory=dict)
 
-    def spans(self) -> list[tuple[int, int, int]]:
-        """(buffer, start, stop) of everything that takes memory."""
-        self.block(self.program.block)
+    @property
+    def now(self) -> int:
+        return len(self.names)
+
+    def lifetimes(self) -> Lifetimes:
         for b in self.program.inputs.values():
-            self.first[b], self.last[b] = 0, self.steps
-        for b in self.program.outputs.values():
-            self.last[b] = self.steps
-        self._merge_aliases()
-        return [
-            (b, start, min(self.last.get(b, start + 1), self.steps))
+            self.first[b] = 0
+        self.block(self.program.block)
+        end = self.now
+        for b in (*self.program.inputs.values(), *self.program.outputs.values()):
+            self.stop[b] = end
+        roots = _roots(self.program)
+        for b, root in roots.items():
+            if b in self.stop and root in self.first:
+                self.stop[root] = max(self.stop.get(root, 0), self.stop[b])
+        spans = tuple(
+            (b, start, min(self.stop[b], end))
             for b, start in self.first.items()
-            if self.program.buffers[b].alias is None
-        ]
-
-    def _merge_aliases(self) -> None:
-        """A view or a donated result keeps what it aliases alive."""
-        for b, stop in list(self.last.items()):
-            root = self.program.buffers[b].alias
-            if root is not None and root in self.last:
-                self.last[root] = max(self.last[root], stop)
+            if b not in roots and self.stop.get(b, start) > start
+        )
+        return Lifetimes(spans, tuple(self.names), roots)
 
     def touch(self, buffers: Iterable[int], t: int) -> None:
         for b in buffers:
-            self.first.setdefault(b, t)
-            self.last[b] = max(self.last.get(b, 0), t + 1)
+            if b not in self.first:
+                self.first[b] = t
+            if self.stop.get(b, 0) <= t:
+                self.stop[b] = t + 1
 
     def block(self, block: Block) -> None:
         for step in block:
@@ -87,37 +130,54 @@ class _Liveness:
                 self.loop(step)
 
     def step(self, step: Step) -> None:
-        t = self.steps
-        self.steps += 1
+        t = self.now
         self.names.append(step.name)
         for instruction in step.instructions:
             self.touch(instruction.ins, t)
             self.touch(instruction.outs, t)
 
     def loop(self, loop: LoopStep) -> None:
-        enter = self.steps
+        enter = self.now
         self.step(loop.enter)
+        stacks = [s.outer for s in (*loop.reads, *loop.writes)]
         self.touch((k.init for k in loop.carries), enter)
-        self.touch((s.outer for s in (*loop.reads, *loop.writes)), enter)
-        start = self.steps
-        before = set(self.first)
-        for k in loop.carries:
-            self.first[k.entry] = start  # read by whoever; dead after its last reader
+        self.touch(stacks, enter)
+        start, outside = self.now, len(self.first)
         self.block(loop.body)
-        stop = self.steps
+        stop = self.now
+        for b in list(self.first)[:outside]:
+            if self.stop.get(b, 0) > start:
+                self.stop[b] = stop
+        for s in loop.reads:
+            self.stop[s.outer] = max(self.stop[s.outer], stop)
+        for s in loop.writes:  # whole until the step after the loop can take it over
+            self.stop[s.outer] = max(self.stop[s.outer], stop + 1)
         for k in loop.carries:
-            self.touch((k.exit,), stop - 1)
-            self.first.setdefault(k.exit, start)
-            if k.entry not in self.last:
-                del self.first[k.entry]  # never read: overwritten at once
-            self.first[k.result] = stop
-        read_inside = {b for b in before if self.last.get(b, 0) > start}
-        for b in read_inside | {s.outer for s in loop.reads}:
-            self.last[b] = max(self.last[b], stop)
-        for s in loop.writes:  # whole until somebody outside can take it over
-            self.last[s.outer] = max(self.last[s.outer], stop + 1)
-        self._forget_unread_results(loop)
+            self._carry(k.entry, k.exit, k.result, start, stop)
 
-    def _forget_unread_results(self, loop: LoopStep) -> None:
-        for k in loop.carries:
-            self.last.setdefault(k.result, self.first[k.result])
+    def _carry(self, entry: int, exit_: int, result: int, start: int, stop: int) -> None:
+        """`entry` lives to its last reader; unread, it is overwritten at once."""
+        if entry in self.first:
+            self.first[entry] = start
+        self.first.setdefault(exit_, start)
+        self.stop[exit_] = stop
+        self.first[result] = stop  # until somebody reads it
+
+
+def _roots(program: Program) -> dict[int, int]:
+    """Of every alias the buffer at the end of its chain."""
+    roots = {}
+    for b, buffer in program.buffers.items():
+        if buffer.alias is not None:
+            roots[b] = _chain_end(program.buffers, b)
+    return roots
+
+
+def _chain_end(buffers: Mapping[int, Buffer], b: int) -> int:
+    seen = {b}
+    while (onward := buffers[b].alias) is not None:
+        if onward in seen:
+            raise ValueError(f"buffers alias in a circle: {sorted(seen)}")
+        seen.add(onward)
+        b = onward
+    return b

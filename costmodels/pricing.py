@@ -1,14 +1,20 @@
 """Seconds of one instruction on an idle device or network: the cost model's front door.
 
-The optimiser and the simulator both price through here, so they agree on every piece.
+The optimiser and the simulator both price through here, so they agree on every piece. Equal
+kernels and equal moves are priced once per mesh.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 from costmodels.collectives import collective_seconds
 from costmodels.compute import matmul_seconds, stream_seconds
 from costmodels.program import MOVES, Collective, Compute, Instruction, Kernel
 from meshes import Chip, LogicalMesh
+
+_Matmul = tuple[int, int, int, int]
 
 
 def kernel_seconds(chip: Chip, kernel: Kernel) -> float:
@@ -21,7 +27,9 @@ def kernel_seconds(chip: Chip, kernel: Kernel) -> float:
     return float(stream_seconds(chip, kernel.bytes, kernel.vector_flops))
 
 
-def move_seconds(mesh: LogicalMesh, kind: str, axes: tuple[str, ...], payload_bytes: float) -> float:
+def move_seconds(
+    mesh: LogicalMesh, kind: str, axes: tuple[str, ...], payload_bytes: float
+) -> float:
     """Time of one collective of `payload_bytes` (see Collective) over `axes`."""
     if kind not in MOVES:
         return 0.0  # local slices and masks fuse into their readers
@@ -29,10 +37,40 @@ def move_seconds(mesh: LogicalMesh, kind: str, axes: tuple[str, ...], payload_by
 
 
 def instruction_seconds(mesh: LogicalMesh, instruction: Instruction) -> float:
-    if isinstance(instruction, Compute):
-        return kernel_seconds(mesh.chip, instruction.kernel)
-    return move_seconds(mesh, instruction.kind, instruction.axes, instruction.bytes)
+    """Time of one execution of `instruction`; remembered per mesh."""
+    return prices(mesh).seconds(instruction)
 
 
 def is_network(instruction: Instruction) -> bool:
     return isinstance(instruction, Collective) and instruction.kind in MOVES
+
+
+@dataclass
+class Prices:
+    """What has been priced on one mesh so far, by all that a price depends on."""
+
+    mesh: LogicalMesh
+    _kernels: dict[tuple[_Matmul | None, str, float, float], float] = field(default_factory=dict)
+    _moves: dict[tuple[str, tuple[str, ...], int], float] = field(default_factory=dict)
+
+    def seconds(self, instruction: Instruction) -> float:
+        if isinstance(instruction, Compute):
+            return self._kernel(instruction.kernel)
+        key = (instruction.kind, instruction.axes, instruction.bytes)
+        found = self._moves.get(key)
+        if found is None:
+            found = self._moves[key] = move_seconds(self.mesh, *key)
+        return found
+
+    def _kernel(self, kernel: Kernel) -> float:
+        key = (kernel.matmul, kernel.dtype, kernel.bytes, kernel.vector_flops)
+        found = self._kernels.get(key)
+        if found is None:
+            found = self._kernels[key] = kernel_seconds(self.mesh.chip, kernel)
+        return found
+
+
+@lru_cache(maxsize=64)  # meshes of one search; each table holds a few thousand numbers
+def prices(mesh: LogicalMesh) -> Prices:
+    """The price table of a mesh; equal meshes share one."""
+    return Prices(mesh)

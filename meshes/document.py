@@ -10,33 +10,34 @@ import difflib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import yaml
-
 from meshes.errors import MeshError
 from meshes.quantity import quantity
+from meshes.yamltree import Listing, Node, Scalar, Table, YamlProblem
+from meshes.yamltree import parse as parse_tree
 
 MARKS = ("datasheet", "paper", "derived", "fitted", "assumed")
 
 
 @dataclass(frozen=True)
 class Section:
-    """One mapping of a file: `path` is its dotted name, `node` the YAML node under it."""
+    """One mapping of a file: `path` is its dotted name, `node` the mapping itself."""
 
-    file: str
     path: str
-    node: yaml.MappingNode
+    node: Table
 
-    def error(self, message: str, hint: str = "", at: yaml.Node | None = None) -> MeshError:
-        mark = (at or self.node).start_mark
+    def error(
+        self, message: str, hint: str = "", at: Node | None = None, code: str = "bad-value"
+    ) -> MeshError:
+        place = (at or self.node).place
         where = f"{self.path}: " if self.path else ""
         return MeshError(
-            "bad-file", where + message, hint,
-            file=self.file, line=mark.line + 1, column=mark.column + 1,
+            code, where + message, hint, file=place.source.file,
+            line=place.line, column=place.column, source=place.text,
         )  # fmt: skip
 
-    def items(self) -> Iterator[tuple[str, yaml.Node]]:
-        for key, value in self.node.value:
-            yield str(key.value), value
+    def items(self) -> Iterator[tuple[str, Node]]:
+        for key, value in self.node.entries:
+            yield key.value, value
 
     def names(self) -> list[str]:
         return [name for name, _ in self.items()]
@@ -45,47 +46,48 @@ class Section:
         return key in self.names()
 
     def allow(self, allowed: Iterable[str]) -> None:
-        """Raise for a duplicate key, or one that is not allowed (with the nearest that is)."""
-        allowed, seen = list(allowed), set()
-        for key, _ in self.node.value:
-            if key.value in seen:
-                raise self.error(f"key {key.value!r} appears twice", "keep one of them", key)
-            seen.add(key.value)
+        """Raise for a key that is not allowed (with the nearest that is)."""
+        allowed = list(allowed)
+        for key, _ in self.node.entries:
             if key.value not in allowed:
-                near = difflib.get_close_matches(str(key.value), allowed, 1)
+                near = difflib.get_close_matches(key.value, allowed, 1)
                 hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
-                raise self.error(f"unknown key {key.value!r}", hint, key)
+                raise self.error(f"unknown key {key.value!r}", hint, key, "unknown-key")
 
-    def child(self, key: str) -> yaml.Node:
+    def child(self, key: str) -> Node:
         for name, node in self.items():
             if name == key:
                 return node
-        raise self.error(f"missing key {key!r}", f"has: {', '.join(self.names()) or 'nothing'}")
+        has = f"has: {', '.join(self.names()) or 'nothing'}"
+        raise self.error(f"missing key {key!r}", has, code="missing-key")
+
+    def wrong_type(self, message: str, at: Node, hint: str = "") -> MeshError:
+        return self.error(message, hint, at, "wrong-type")
 
     def section(self, key: str) -> Section:
         node = self.child(key)
-        if not isinstance(node, yaml.MappingNode):
-            raise self.error(f"{key!r} must be a mapping", at=node)
-        return Section(self.file, f"{self.path}.{key}" if self.path else key, node)
+        if not isinstance(node, Table):
+            raise self.wrong_type(f"{key!r} must be a mapping", node)
+        return Section(f"{self.path}.{key}" if self.path else key, node)
 
     def sections(self, key: str) -> list[Section]:
         """A list of mappings."""
         node = self.child(key)
-        if not isinstance(node, yaml.SequenceNode):
-            raise self.error(f"{key!r} must be a list", at=node)
+        if not isinstance(node, Listing):
+            raise self.wrong_type(f"{key!r} must be a list", node)
         result = []
-        for i, item in enumerate(node.value):
-            if not isinstance(item, yaml.MappingNode):
-                raise self.error(f"{key}[{i}] must be a mapping", at=item)
-            result.append(Section(self.file, f"{key}[{i}]", item))
+        for i, item in enumerate(node.items):
+            if not isinstance(item, Table):
+                raise self.wrong_type(f"{key}[{i}] must be a mapping", item)
+            result.append(Section(f"{key}[{i}]", item))
         return result
 
     def text(self, key: str, default: str | None = None) -> str:
         if default is not None and not self.has(key):
             return default
         node = self._value(key)
-        if not isinstance(node, yaml.ScalarNode):
-            raise self.error(f"{key!r} must be text", at=node)
+        if not isinstance(node, Scalar):
+            raise self.wrong_type(f"{key!r} must be text", node)
         return str(node.value)
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -108,29 +110,36 @@ class Section:
 
     def texts(self, key: str) -> tuple[str, ...]:
         node = self._value(key)
-        if not isinstance(node, yaml.SequenceNode):
-            raise self.error(f"{key!r} must be a list", at=node)
-        return tuple(str(item.value) for item in node.value)
+        if not isinstance(node, Listing):
+            raise self.wrong_type(f"{key!r} must be a list", node)
+        for item in node.items:
+            if not isinstance(item, Scalar):
+                raise self.wrong_type(f"{key!r} must be a list of names", item)
+        return tuple(item.value for item in node.items if isinstance(item, Scalar))
 
     def counts(self, key: str) -> tuple[int, ...]:
         node = self._value(key)
-        if not isinstance(node, yaml.SequenceNode):
-            raise self.error(f"{key!r} must be a list of numbers", at=node)
-        return tuple(int(self._number(key, item)) for item in node.value)
+        if not isinstance(node, Listing):
+            raise self.wrong_type(f"{key!r} must be a list of numbers", node)
+        numbers = [self._number(key, item) for item in node.items]
+        for number, item in zip(numbers, node.items, strict=True):
+            if number != int(number):
+                raise self.error(f"{key!r} must be whole numbers", at=item)
+        return tuple(int(number) for number in numbers)
 
-    def _number(self, key: str, node: yaml.Node) -> float:
-        if not isinstance(node, yaml.ScalarNode):
-            raise self.error(f"{key!r} must be a number", "for example 16GiB or 900e9", node)
+    def _number(self, key: str, node: Node) -> float:
+        if not isinstance(node, Scalar):
+            raise self.wrong_type(f"{key!r} must be a number", node, "for example 16GiB or 900e9")
         try:
             return quantity(node.value)
         except ValueError as error:
             raise self.error(f"{key!r}: {error}", at=node) from None
 
-    def _value(self, key: str) -> yaml.Node:
+    def _value(self, key: str) -> Node:
         """The node of a constant, with or without its provenance around it."""
         node = self.child(key)
-        if isinstance(node, yaml.MappingNode):
-            inner = Section(self.file, f"{self.path}.{key}", node)
+        if isinstance(node, Table):
+            inner = Section(f"{self.path}.{key}", node)
             if inner.has("value"):
                 return inner.child("value")
         return node
@@ -139,15 +148,22 @@ class Section:
 def parse(text: str, file: str) -> Section:
     """The top-level mapping of a YAML document; MeshError with line and column."""
     try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark
-        raise MeshError(
-            "bad-yaml", f"not valid YAML: {error.problem}", file=file,
-            line=mark.line + 1 if mark else None, column=mark.column + 1 if mark else None,
-        ) from None  # fmt: skip
-    except yaml.YAMLError as error:
-        raise MeshError("bad-yaml", f"not valid YAML: {error}", file=file) from None
-    if not isinstance(node, yaml.MappingNode):
-        raise MeshError("bad-file", "a mesh file is a YAML mapping", file=file, line=1, column=1)
-    return Section(file, "", node)
+        document = parse_tree(text, file)
+    except YamlProblem as problem:
+        raise from_yaml(problem) from None
+    if not isinstance(document.root, Table):
+        top = Section("", Table(document.root.place, []))
+        raise top.wrong_type("a mesh file is a YAML mapping", document.root)
+    root = Section("", document.root)
+    for key in document.repeated:
+        message = f"key {key.value!r} appears twice"
+        raise root.error(message, "keep one of them", key, "duplicate-key")
+    return root
+
+
+def from_yaml(problem: YamlProblem) -> MeshError:
+    place = problem.place
+    return MeshError(
+        problem.code, problem.message, problem.hint, file=place.source.file,
+        line=place.line, column=place.column, source=place.text,
+    )  # fmt: skip

@@ -7,7 +7,8 @@ class MeshError(ValueError):
     """A mesh that cannot be: what is wrong, where it stands, what to do.
 
     `code` is a stable word for machines (`unknown-chip`, `bad-size`, `too-large`, ...).
-    `file`, `line` and `column` (1-based) are set when the mesh came from a file.
+    `file`, `line`, `column` (1-based) and `source` (that line) are set when the mesh came from
+    a file.
     """
 
     def __init__(
@@ -19,6 +20,7 @@ class MeshError(ValueError):
         file: str | None = None,
         line: int | None = None,
         column: int | None = None,
+        source: str = "",
     ) -> None:
         super().__init__(message)
         self.code = code
@@ -27,6 +29,7 @@ class MeshError(ValueError):
         self.file = file
         self.line = line
         self.column = column
+        self.source = source
 
     def __str__(self) -> str:
         where = ":".join(str(x) for x in (self.file, self.line, self.column) if x is not None)

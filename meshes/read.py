@@ -68,9 +68,9 @@ def _matrix_unit(section: Section, per: int, base: Chip | None) -> MatrixUnit:
     unit.allow(("kind", "tile", "units"))
     kind, tile = unit.text("kind"), unit.counts("tile")
     if kind not in ("mxu", "sm"):
-        raise unit.error(f"kind must be mxu or sm, not {kind!r}")
+        raise unit.error(f"kind must be mxu or sm, not {kind!r}", at=unit.child("kind"))
     if len(tile) != 3 or min(tile) < 1:
-        raise unit.error("tile must be three positive numbers: m, n, k")
+        raise unit.error("tile must be three positive numbers: m, n, k", at=unit.child("tile"))
     return MatrixUnit(kind, (tile[0], tile[1], tile[2]), max(1, unit.count("units") // per))
 
 
@@ -80,7 +80,8 @@ def _overlap(section: Section, base: Chip | None) -> frozenset[str]:
     kinds = section.texts("overlap")
     for kind in kinds:
         if kind not in COLLECTIVES:
-            raise section.error(f"overlap: unknown collective {kind!r}", ", ".join(COLLECTIVES))
+            known, at = ", ".join(COLLECTIVES), section.child("overlap")
+            raise section.error(f"overlap: unknown collective {kind!r}", known, at)
     return frozenset(kinds)
 
 
@@ -89,7 +90,8 @@ def read_dimension(section: Section) -> Dimension:
     section.allow(DIMENSION_KEYS)
     kind = section.text("kind")
     if kind not in KINDS:
-        raise section.error(f"unknown kind {kind!r}", f"one of {', '.join(KINDS)}")
+        hint = f"one of {', '.join(KINDS)}"
+        raise section.error(f"unknown kind {kind!r}", hint, section.child("kind"))
     curve = read_curve(section.section("curve")) if section.has("curve") else ()
     rate = section.positive("bytes_per_s")
     latency = section.number("latency_s", 0.0)

@@ -20,10 +20,11 @@ from math import prod
 from pathlib import Path
 
 from meshes.catalogue import from_name
-from meshes.document import Section, parse
+from meshes.document import Section, from_yaml, parse
 from meshes.errors import MeshError
 from meshes.read import read_chip, read_curve, read_dimension
 from meshes.topology import KINDS, Dimension, Topology
+from meshes.yamltree import YamlProblem, read_text
 
 _SUFFIXES = (".yaml", ".yml")
 _CHANGES = ("size", "kind", "bytes_per_s", "latency_s", "curve")
@@ -33,8 +34,9 @@ def resolve(name_or_path: str) -> Topology:
     """Topology of a catalogue name (`tpu-v3:32x32`, `dgx-a100-80gb:128x8`) or a mesh file.
 
     Anything that ends in .yaml or .yml, or names an existing file, is a file. Raises
-    MeshError: `unknown-chip`, `bad-name`, `bad-size`, `too-large`, `no-file`, `bad-yaml`,
-    `bad-file`; the last two with line and column.
+    MeshError: `unknown-chip`, `bad-name`, `bad-size`, `too-large`, `no-file`, and for what a
+    file says wrong, with line and column, `unknown-key`, `missing-key`, `duplicate-key`,
+    `wrong-type`, `bad-value` and the codes of `yamltree`.
     """
     path = Path(name_or_path)
     if name_or_path.endswith(_SUFFIXES) or path.is_file():
@@ -45,9 +47,11 @@ def resolve(name_or_path: str) -> Topology:
 def from_file(path: Path) -> Topology:
     """Topology of a mesh file."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        text = read_text(path)
+    except YamlProblem as problem:
+        raise from_yaml(problem) from None
+    except OSError as error:
+        reason = error.strerror or "not readable"
         raise MeshError("no-file", f"cannot read mesh file {path}: {reason}") from None
     return from_text(text, str(path))
 
@@ -96,10 +100,12 @@ def _change(dim: Dimension, changes: Section) -> Dimension:
     change.allow(_CHANGES)
     kind = change.text("kind", dim.kind)
     if kind not in KINDS:
-        raise change.error(f"unknown kind {kind!r}", f"one of {', '.join(KINDS)}")
+        hint = f"one of {', '.join(KINDS)}"
+        raise change.error(f"unknown kind {kind!r}", hint, change.child("kind"))
     if kind != dim.kind and {kind, dim.kind} != {"ring", "line"}:
         raise change.error(
-            f"cannot turn a {dim.kind} into a {kind}", "give the machine in full, without base"
+            f"cannot turn a {dim.kind} into a {kind}", "give the machine in full, without base",
+            change.child("kind"),
         )
     rate = change.positive("bytes_per_s", dim.bytes_per_s)
     curve = read_curve(change.section("curve")) if change.has("curve") else dim.curve

@@ -13,7 +13,7 @@ from costmodels.program import Program
 from costmodels.simulate import Timing
 from meshes import LogicalMesh
 from planner.graph.core import Graph
-from planner.graph.flops import Flops
+from planner.graph.flops import FlopCount
 from planner.model import Model
 from planner.plan import Plan
 from planner.sharding.spec import Spec
@@ -35,7 +35,7 @@ class Result:
     program: Program
     timing: Timing
     memory: Memory
-    flops: Flops
+    flops: FlopCount
     limit_bytes: int
     headroom: float
     specs: Mapping[str, Spec]

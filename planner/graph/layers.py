@@ -103,7 +103,10 @@ def _standardised(
     return b.map(name, operands, t.dims, out)
 
 
-def softmax(b: Builder, value: str, over: str, name: str = "softmax", causal: tuple[str, str] | None = None) -> str:  # noqa: E501
+def softmax(
+    b: Builder, value: str, over: str, name: str = "softmax",
+    causal: tuple[str, str] | None = None, dtype: str | None = None,
+) -> str:  # fmt: skip
     """softmax over dimension `over`; `causal=(query, key)` masks keys after the query."""
     t = b.lookup(value)
     if over not in t.dims:
@@ -124,17 +127,20 @@ def softmax(b: Builder, value: str, over: str, name: str = "softmax", causal: tu
     )  # fmt: skip
     return b.map(
         name, [(value, t.dims), (top, lead), (total, lead)], t.dims, ex.div(power, ex.x(2)),
-        attrs={"vjp": "softmax", "over": over},
+        dtype=dtype, attrs={"vjp": "softmax", "over": over},
     )  # fmt: skip
 
 
 def attention(
     b: Builder, q: str, k: str, v: str, *, causal: bool, name: str = "attn", grouped: bool = False
 ) -> str:
-    """softmax(q·kᵀ/√d)·v. q: [B,S,N,H] (grouped: [B,S,K,G,H]); k, v: [B,T,N|K,H]."""
+    """softmax(q·kᵀ/√d)·v. q: [B,S,N,H] (grouped: [B,S,K,G,H]); k, v: [B,T,N|K,H].
+
+    Without a dimension of heads, [B,T,H], all heads of q share k and v.
+    """
     head = b.lookup(q).shape[-1]
     heads = "K G" if grouped else "N"
-    keys = "K" if grouped else "N"
+    keys = "" if len(b.lookup(k).shape) == 3 else "K" if grouped else "N"
     qd, kd, vd = f"B S {heads} H", f"B T {keys} H", f"B T {keys} H"
     scale = ex.c(head**-0.5)
     labels = qd.split()

@@ -24,7 +24,8 @@ from math import prod
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.pricing import kernel_seconds, move_seconds
+from costmodels.collectives import collective_seconds
+from costmodels.pricing import kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner.sharding.choices import Choice, OpChoices
@@ -59,7 +60,7 @@ class Space:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
         self.resharder = Resharder(
-            self.sizes, lambda kind, axes, size: move_seconds(self.mesh, kind, axes, size)
+            self.sizes, lambda kind, axes, size: collective_seconds(self.mesh, kind, axes, size)
         )
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
@@ -125,11 +126,7 @@ class Space:
         """Seconds of one execution of `c` for every pair of distinct source and target specs."""
         sources, _ = self.rows(c.source)
         targets, _ = self.rows(c.target)
-        item = ITEM_BYTES[c.dtype]
-        seconds = self.resharder.seconds
-        return np.array(
-            [[seconds(s, t, c.shape, item, c.reduce) for t in targets] for s in sources]
-        )
+        return self.resharder.matrix(sources, targets, c.shape, ITEM_BYTES[c.dtype], c.reduce)
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
         return [(c, c.times * self.spec_costs(c)) for c in self.flow.conversions]

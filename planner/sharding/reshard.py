@@ -2,23 +2,34 @@
 
 A resharding is a shortest path over specs; the moves are all-gather, all-to-all,
 reduce-scatter, all-reduce, a permutation of blocks, and the free local slice and mask. Lowering
-executes the path, the ILP pays its price: one function serves both.
+executes the path, the ILP pays its price: one table of distances serves both.
+
+Prices depend on a tensor only through its bytes and on which specs divide it, so tensors of
+equal rank, size and divisibility share one table.
 """
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import permutations
 from math import prod
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from planner.sharding.spec import Sizes, Spec
 
-# Prices a move: (kind, axes, payload bytes) → seconds.
-Pricer = Callable[[str, tuple[str, ...], float], float]
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+# Prices a move: (kind, axes, payload bytes of many moves) → seconds of each.
+Pricer = Callable[[str, tuple[str, ...], Floats], Any]
 
 FREE = ("slice", "mask")
-MOVE_EPSILON_S = 1e-12  # a free move still counts, so that paths have no pointless ones
+MOVE_EPSILON_S = 1e-15  # a free move still counts, so that paths have no pointless ones
+CHUNK_CELLS = 20_000_000  # of the distance table relaxed at a time: bounds memory
 
 
 @dataclass(frozen=True)
@@ -40,47 +51,153 @@ def payload_elements(move: Move, source: Spec, shape: Sequence[int], sizes: Size
 
 
 @dataclass
+class SpecGraph:
+    """Every spec of tensors of one rank (axes in any order within a dimension) and every move."""
+
+    rank: int
+    sizes: Sizes
+    specs: list[Spec] = field(init=False)
+    number: dict[Spec, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.specs = list(_ordered_specs(self.rank, self.sizes))
+        self.number = {spec: i for i, spec in enumerate(self.specs)}
+
+    @cached_property
+    def moves(self) -> list[tuple[int, int, Move]]:
+        """(source, target, move), sorted by target; of parallel moves all are kept."""
+        found = [
+            (u, self.number[move.result], move)
+            for u, spec in enumerate(self.specs)
+            for move in _moves(spec, self.sizes)
+        ]
+        return sorted(found, key=lambda edge: (edge[1], edge[0]))
+
+    @cached_property
+    def arrays(self) -> tuple[Ints, Ints, Floats]:
+        """Sources and targets of the moves, and the shards that their payload is cut into."""
+        sources = np.array([u for u, _, _ in self.moves], dtype=np.int64)
+        targets = np.array([v for _, v, _ in self.moves], dtype=np.int64)
+        shards = np.array([spec.shards(self.sizes) for spec in self.specs], dtype=float)
+        gathers = np.array([m.kind == "all-gather" for _, _, m in self.moves], dtype=bool)
+        return sources, targets, shards[np.where(gathers, targets, sources)]
+
+    @cached_property
+    def alike(self) -> dict[tuple[str, tuple[str, ...]], Ints]:
+        """Moves grouped by what their price depends on besides the payload."""
+        groups: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+        for e, (_, _, move) in enumerate(self.moves):
+            groups.setdefault((move.kind, move.axes), []).append(e)
+        return {key: np.array(edges, dtype=np.int64) for key, edges in groups.items()}
+
+
+@dataclass
+class Distances:
+    """Shortest paths between all specs for tensors of one size, found row by row as needed."""
+
+    graph: SpecGraph
+    weights: Floats  # of every move; inf where a spec does not divide the tensor
+    rows: dict[int, Floats] = field(default_factory=dict)
+    paths: dict[tuple[int, int], tuple[Move, ...] | None] = field(default_factory=dict)
+
+    def table(self, sources: Sequence[int], targets: Sequence[int]) -> Floats:
+        """Seconds (plus an epsilon a move) from every source to every target."""
+        missing = list(dict.fromkeys(s for s in sources if s not in self.rows))
+        if missing:
+            self._relax(missing)
+        return np.stack([self.rows[s] for s in sources])[:, list(targets)]
+
+    def _relax(self, missing: Sequence[int]) -> None:
+        """Bellman-Ford from many sources at once; moves are sorted by target."""
+        u, v, _ = self.graph.arrays
+        usable = np.flatnonzero(np.isfinite(self.weights))
+        u, v, w = u[usable], v[usable], self.weights[usable]
+        starts = np.flatnonzero(np.diff(v, prepend=-1))
+        ends = v[starts]
+        chunk = max(1, CHUNK_CELLS // max(1, len(u)))
+        for at in range(0, len(missing), chunk):
+            part = missing[at : at + chunk]
+            d = np.full((len(part), len(self.graph.specs)), np.inf)
+            d[np.arange(len(part)), part] = 0.0
+            while len(u):
+                reached = np.minimum.reduceat(d[:, u] + w, starts, axis=1)
+                if not (reached < d[:, ends]).any():
+                    break
+                d[:, ends] = np.minimum(d[:, ends], reached)
+            self.rows.update(zip(part, d, strict=True))
+
+    def path(self, source: int, target: int) -> tuple[Move, ...] | None:
+        """The moves of a shortest path; of equal ones always the same."""
+        if (source, target) not in self.paths:
+            self.paths[source, target] = self._trace(source, target)
+        return self.paths[source, target]
+
+    def _trace(self, source: int, target: int) -> tuple[Move, ...] | None:
+        """Backwards from the target, along moves that attain the distances."""
+        if source not in self.rows:
+            self._relax([source])
+        row = self.rows[source]
+        if not np.isfinite(row[target]):
+            return None
+        u, v, _ = self.graph.arrays
+        found: list[Move] = []
+        while target != source:
+            low, high = np.searchsorted(v, [target, target + 1])
+            into = row[u[low:high]] + self.weights[low:high]
+            best = low + int(np.argmin(into))
+            found.append(self.graph.moves[best][2])
+            target = int(u[best])
+        return tuple(reversed(found))
+
+
+@dataclass
 class Resharder:
-    """Finds and prices paths on one mesh; results are cached by (shape, itemsize, specs)."""
+    """Finds and prices paths on one mesh."""
 
     sizes: Sizes
     price: Pricer
 
     def __post_init__(self) -> None:
-        self._paths: dict[tuple[Spec, Spec, tuple[int, ...], int], tuple[Move, ...] | None] = {}
-        self._seconds: dict[tuple[Spec, Spec, tuple[int, ...], int], float] = {}
+        # Axes of size 1 split nothing.
+        self.splitting = {a: n for a, n in self.sizes.items() if n > 1}
+        self._graphs: dict[int, SpecGraph] = {}
+        self._distances: dict[tuple[int, int, bytes], Distances] = {}
+        self._fits: dict[tuple[int, ...], NDArray[np.bool_]] = {}
 
-    def path(
-        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int,
-        reduce: str = "sum",
-    ) -> tuple[Move, ...] | None:
-        """Moves that turn `source` into `target`, or None if there is no way: a shard cannot
-        become an unreduced sum, nor can an unreduced maximum (`reduce`)."""
-        if _mixes(source, target, reduce):
-            return None
-        if source == target:
-            return ()
-        key = (source, target, shape, itemsize)
-        if key not in self._paths:
-            self._paths[key] = self._search(source, target, shape, itemsize)
-        return self._paths[key]
+    def matrix(
+        self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
+        itemsize: int, reduce: str = "sum",
+    ) -> Floats:  # fmt: skip
+        """Seconds of the paths between specs on an idle network; inf where there is none."""
+        graph, distances = self._of(shape, itemsize)
+        table = distances.table(
+            [graph.number[s] for s in sources], [graph.number[t] for t in targets]
+        )
+        seconds = np.where(table < MOVE_EPSILON_S * 100, 0.0, table)
+        if reduce != "sum":
+            mixed = [[_mixes(s, t, reduce) for t in targets] for s in sources]
+            seconds[np.array(mixed)] = np.inf
+        return seconds
 
     def seconds(
         self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int,
         reduce: str = "sum",
-    ) -> float:
+    ) -> float:  # fmt: skip
         """Time of the path on an idle network; inf if there is none."""
+        return float(self.matrix([source], [target], shape, itemsize, reduce)[0, 0])
+
+    def path(
+        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int,
+        reduce: str = "sum",
+    ) -> tuple[Move, ...] | None:  # fmt: skip
+        """Moves that turn `source` into `target`, or None if there is no way: partial results
+        of another kind than sums (`reduce`) cannot become an unreduced sum."""
         if _mixes(source, target, reduce):
-            return float("inf")
+            return None
         if source == target:
-            return 0.0
-        key = (source, target, shape, itemsize)
-        found = self._seconds.get(key)
-        if found is None:
-            path = self.path(source, target, shape, itemsize)
-            found = float("inf") if path is None else self._total(path, source, shape, itemsize)
-            self._seconds[key] = found
-        return found
+            return ()
+        graph, distances = self._of(shape, itemsize)
+        return distances.path(graph.number[source], graph.number[target])
 
     def extra_bytes(
         self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int
@@ -92,63 +209,81 @@ class Resharder:
         local = [prod(m.result.local_shape(shape, self.sizes)) * itemsize for m in path]
         return sum(local[:-1]), local[-1]
 
-    def _total(
-        self, path: Sequence[Move], source: Spec, shape: tuple[int, ...], itemsize: int
-    ) -> float:
-        total = 0.0
-        for move in path:
-            if move.kind not in FREE:
-                payload = payload_elements(move, source, shape, self.sizes) * itemsize
-                total += self.price(move.kind, move.axes, payload)
-            source = move.result
-        return total
+    def _of(self, shape: tuple[int, ...], itemsize: int) -> tuple[SpecGraph, Distances]:
+        rank = len(shape)
+        if rank not in self._graphs:
+            self._graphs[rank] = SpecGraph(rank, self.splitting)
+        graph = self._graphs[rank]
+        if shape not in self._fits:
+            self._fits[shape] = np.array([s.fits(shape, self.splitting) for s in graph.specs])
+        fits = self._fits[shape]
+        key = (rank, prod(shape) * itemsize, fits.tobytes())
+        if key not in self._distances:
+            weights = self._weights(graph, prod(shape) * itemsize, fits)
+            self._distances[key] = Distances(graph, weights)
+        return graph, self._distances[key]
 
-    def _search(
-        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int
-    ) -> tuple[Move, ...] | None:
-        """Dijkstra over specs; ties are broken by discovery order, so it is deterministic."""
-        if any(a in source.axes for a in target.partial):
-            return None
-        best: dict[Spec, float] = {source: 0.0}
-        queue: list[tuple[float, int, Spec, tuple[Move, ...]]] = [(0.0, 0, source, ())]
-        count = 0
-        while queue:
-            seconds, _, spec, path = heapq.heappop(queue)
-            if spec == target:
-                return path
-            if seconds > best[spec]:
-                continue
-            for move in self._moves(spec, target):
-                if not move.result.fits(shape, self.sizes):
-                    continue
-                payload = payload_elements(move, spec, shape, self.sizes) * itemsize
-                cost = MOVE_EPSILON_S
-                if move.kind not in FREE:
-                    cost += self.price(move.kind, move.axes, payload)
-                total = seconds + cost
-                if total < best.get(move.result, float("inf")):
-                    best[move.result] = total
-                    count += 1
-                    heapq.heappush(queue, (total, count, move.result, (*path, move)))
-        return None
+    def _weights(self, graph: SpecGraph, size: int, fits: NDArray[np.bool_]) -> Floats:
+        u, v, shards = graph.arrays
+        weights = np.full(len(u), MOVE_EPSILON_S)
+        for (kind, axes), edges in graph.alike.items():
+            if kind not in FREE:
+                weights[edges] += self.price(kind, axes, size / shards[edges])
+        weights[~(fits[u] & fits[v])] = np.inf
+        return weights
 
-    def _moves(self, spec: Spec, target: Spec) -> Iterator[Move]:
-        """Moves from `spec` that can lie on a good path to `target`: axes are only removed, or
-        added where the target has them."""
-        placed = {a: d for d, axes in enumerate(target.dims) for a in axes}
-        yield from _reductions(spec, target, placed)
-        for d, axes in enumerate(spec.dims):
-            yield from _removals(spec, target, d, axes, placed)
-            for order in _orders(axes, target.dims[d]):
+
+# ---- specs and moves ------------------------------------------------------------------------
+
+
+def _ordered_specs(rank: int, sizes: Sizes) -> Iterator[Spec]:
+    """Every spec; partial axes in mesh order, the axes of a dimension in every order."""
+    axes = tuple(sizes)
+    places: list[tuple[int, ...]] = [()]
+    for _ in axes:  # −2: nowhere, −1: partial, else the dimension
+        places = [(*p, d) for p in places for d in range(-2, rank)]
+    for place in places:
+        partial = tuple(a for a, d in zip(axes, place, strict=True) if d == -1)
+        grouped = [tuple(a for a, d in zip(axes, place, strict=True) if d == k) for k in range(rank)]
+        partly: list[tuple[tuple[str, ...], ...]] = [()]
+        for group in grouped:
+            partly = [(*dims, order) for dims in partly for order in permutations(group)]
+        yield from (Spec(dims, partial) for dims in partly)
+
+
+def _moves(spec: Spec, sizes: Sizes) -> Iterator[Move]:
+    """Every collective that applies to `spec`."""
+    yield from _reductions(spec)
+    for d, axes in enumerate(spec.dims):
+        for k in range(1, len(axes) + 1):
+            tail, rest = axes[-k:], axes[:-k]
+            yield Move("all-gather", tail, _with(spec, {d: rest}), d)
+            for to in range(len(spec.dims)):
+                if to != d:
+                    moved = _with(spec, {d: rest, to: (*spec.dims[to], *tail)})
+                    yield Move("all-to-all", tail, moved, d, to)
+        for order in permutations(axes):
+            if order != axes:
                 yield Move("collective-permute", axes, _with(spec, {d: order}), d, order=order)
-        used = {*spec.axes, *spec.partial}
-        for axis, d in placed.items():
-            if axis not in used:
-                yield Move("slice", (axis,), _with(spec, {d: (*spec.dims[d], axis)}), d)
-        for axis in target.partial:
-            if axis not in used:
-                partial = tuple(a for a in self.sizes if a in {*spec.partial, axis})
-                yield Move("mask", (axis,), Spec(spec.dims, partial))
+    used = {*spec.axes, *spec.partial}
+    for axis in (a for a in sizes if a not in used):
+        for d in range(len(spec.dims)):
+            yield Move("slice", (axis,), _with(spec, {d: (*spec.dims[d], axis)}), d)
+        partial = tuple(a for a in sizes if a in {*spec.partial, axis})
+        yield Move("mask", (axis,), Spec(spec.dims, partial))
+
+
+def _reductions(spec: Spec) -> Iterator[Move]:
+    """All-reduce and reduce-scatter over one pending axis, or over all of them at once."""
+    pending = spec.partial
+    groups = [(a,) for a in pending] + ([pending] if len(pending) > 1 else [])
+    for axes in groups:
+        rest = tuple(a for a in pending if a not in axes)
+        yield Move("all-reduce", axes, _with(spec, {}, rest))
+        for d in range(len(spec.dims)):
+            for order in permutations(axes):
+                grown = _with(spec, {d: (*spec.dims[d], *order)}, rest)
+                yield Move("reduce-scatter", order, grown, d)
 
 
 def _mixes(source: Spec, target: Spec, reduce: str) -> bool:
@@ -161,53 +296,3 @@ def _with(
 ) -> Spec:
     changed = tuple(dims.get(i, d) for i, d in enumerate(spec.dims))
     return Spec(changed, spec.partial if partial is None else tuple(partial))
-
-
-def _reductions(spec: Spec, target: Spec, placed: dict[str, int]) -> Iterator[Move]:
-    pending = tuple(a for a in spec.partial if a not in target.partial)
-    for axis in pending:
-        rest = [a for a in spec.partial if a != axis]
-        if axis in placed:
-            d = placed[axis]
-            yield Move(
-                "reduce-scatter", (axis,), _with(spec, {d: (*spec.dims[d], axis)}, rest), d
-            )
-        if len(pending) > 1:
-            yield Move("all-reduce", (axis,), _with(spec, {}, rest))
-    if pending:
-        rest = [a for a in spec.partial if a in target.partial]
-        yield Move("all-reduce", pending, _with(spec, {}, rest))
-    together: dict[int, list[str]] = {}
-    for axis in pending:
-        if axis in placed:
-            together.setdefault(placed[axis], []).append(axis)
-    for d, axes in together.items():
-        if len(axes) > 1:
-            rest = [a for a in spec.partial if a not in axes]
-            grown = _with(spec, {d: (*spec.dims[d], *axes)}, rest)
-            yield Move("reduce-scatter", tuple(axes), grown, d)
-
-
-def _removals(
-    spec: Spec, target: Spec, d: int, axes: tuple[str, ...], placed: dict[str, int]
-) -> Iterator[Move]:
-    """Gather the last axes of dimension d, or send them to the dimension that wants them."""
-    for k in range(1, len(axes) + 1):
-        tail, rest = axes[-k:], axes[:-k]
-        yield Move("all-gather", tail, _with(spec, {d: rest}), d)
-        goals = {placed.get(a, d) for a in tail}
-        if len(goals) == 1:
-            to = goals.pop()
-            if to != d:
-                moved = _with(spec, {d: rest, to: (*spec.dims[to], *tail)})
-                yield Move("all-to-all", tail, moved, d, to)
-
-
-def _orders(axes: tuple[str, ...], wanted: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Useful reorderings of one dimension's axes: those to keep first, in the target's order."""
-    if len(axes) < 2:
-        return
-    keep = tuple(a for a in wanted if a in axes)
-    order = (*keep, *(a for a in axes if a not in keep))
-    if order != axes:
-        yield order

@@ -1,0 +1,77 @@
+"""What a user pastes into a program: for every tensor of the model, the mesh axes per dimension.
+
+From a Result to annotations and back into no one's format: JSON, Python and reports all show
+these. Stacked layer dimensions are left out, so that stacked and unstacked layers read alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from planner.graph.core import Tensor
+from planner.result import Result
+from planner.sharding.choices import WHOLE_NAMES
+
+Axes = tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """One tensor of the model as the plan lays it: `stacked` leading dimensions are whole and
+    not part of `axes`, `dims` and `shape`."""
+
+    name: str
+    role: str
+    dtype: str
+    dims: tuple[str, ...]
+    shape: tuple[int, ...]
+    axes: Axes
+    stacked: tuple[int, ...] = ()
+
+    @property
+    def parameter(self) -> bool:
+        return self.role == "parameter"
+
+
+def annotated(result: Result) -> list[Annotated]:
+    """Parameters first, then inputs and activations, each in the order of the model.
+
+    Left out are tensors that only the backward pass or the compiler sees, and values that are
+    still partial sums, which no annotation can express.
+    """
+    return sorted(_annotated(result), key=lambda a: _ORDER.get(a.role, len(_ORDER)))
+
+
+_ORDER = {"parameter": 0, "input": 1}
+
+
+def _annotated(result: Result) -> Iterator[Annotated]:
+    for name, tensor in result.model.graph.all_tensors().items():
+        spec = result.specs.get(name)
+        if spec is None or spec.partial or (not tensor.shape and tensor.role != "parameter"):
+            continue
+        stacked = stacked_dims(tensor)
+        # An input of an accumulated step lies like one slice of it.
+        axes = spec.dims[len(spec.dims) - len(tensor.shape) + stacked :]
+        yield Annotated(
+            name, tensor.role, tensor.dtype, tensor.dims[stacked:], tensor.shape[stacked:], axes,
+            tensor.shape[:stacked],
+        )  # fmt: skip
+
+
+def stacked_dims(tensor: Tensor) -> int:
+    """How many leading dimensions count layers."""
+    count = 0
+    while count < len(tensor.dims) and tensor.dims[count] in WHOLE_NAMES:
+        count += 1
+    return count
+
+
+def axes_by_name(result: Result) -> dict[str, Axes]:
+    return {a.name: a.axes for a in annotated(result)}
+
+
+def as_lists(annotation: Mapping[str, Axes]) -> dict[str, list[list[str]]]:
+    """The JSON form."""
+    return {name: [list(d) for d in axes] for name, axes in annotation.items()}

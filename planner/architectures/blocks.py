@@ -1,0 +1,148 @@
+"""Parts of a transformer layer with their parameters: norms, attention, feed-forward.
+
+Every function declares parameters under short standard names (wq, w_in, ln1 …) after `prefix`
+and returns the name of its result. Whole models belong to the other modules.
+
+Dimensions: B batch, S positions, T positions of keys, D model, N heads, H head size, K heads
+of keys and values, G query heads per key head, F feed-forward, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from planner.architectures.settings import Activation, Norm, TransformerBlock
+from planner.graph import expr as ex
+from planner.graph import layers
+from planner.graph.builder import Builder
+from planner.graph.structural import reshape
+
+TOKENS = ("B", "S", "D")
+
+
+def activated(kind: Activation, value: ex.Expr) -> ex.Expr:
+    """The activation function `kind` of a scalar expression."""
+    if kind == "silu":
+        return ex.silu(value)
+    if kind == "gelu":
+        return ex.call("gelu", value)
+    return ex.relu(value) if kind == "relu" else ex.square(ex.relu(value))
+
+
+def normed(b: Builder, x: str, kind: Norm, biases: bool, name: str) -> str:
+    """Norm over the last dimension, with a scale called `name` and a bias called `name`_bias."""
+    t = b.lookup(x)
+    last, width = (t.dims[-1],), (t.shape[-1],)
+    scale = b.param(name, width, last)
+    if kind == "rms":
+        return layers.rms_norm(b, x, scale, f"{name}.out")
+    bias = b.param(f"{name}_bias", width, last) if biases else None
+    return layers.layer_norm(b, x, scale, bias, f"{name}.out")
+
+
+def added(b: Builder, name: str, *values: str) -> str:
+    """The sum of tensors, the first of which has all dimensions; biases broadcast."""
+    total = ex.x(0)
+    for i in range(1, len(values)):
+        total = ex.add(total, ex.x(i))
+    return b.pointwise(name, total, *values)
+
+
+def declared(b: Builder, name: str, dims: str, s: TransformerBlock) -> str:
+    """A new parameter whose sizes follow from the names of its dimensions.
+
+    With grouped queries the heads N of a parameter are split into K × G on use: a view of the
+    weights, which leaves the activations alone.
+    """
+    sizes = {
+        "D": s.d_model, "C": s.d_model, "F": s.ff_size, "H": s.head_size,
+        "N": s.n_heads, "K": s.n_kv_heads, "G": s.n_heads // s.n_kv_heads,
+    }  # fmt: skip
+    own = dims.split()
+    param = b.param(name, [sizes[d] for d in own], own)
+    if "N" not in own or not s.grouped:
+        return param
+    split = dims.replace("N", "K G").split()
+    return reshape(b, param, [sizes[d] for d in split], split, f"{name}.grouped")
+
+
+def projected(b: Builder, spec: str, x: str, w: str, name: str, bias: str | None = None) -> str:
+    """einsum(spec, x, w), plus the bias if there is one."""
+    y = b.einsum(spec, x, w, name=name)
+    return y if bias is None else added(b, f"{name}.biased", y, bias)
+
+
+def attended(
+    b: Builder, x: str, memory: str, s: TransformerBlock, causal: bool, prefix: str = ""
+) -> str:
+    """Multi-head attention of x [B, S, D] to memory [B, T, D]: itself, or an encoder's result."""
+    queries = "K G" if s.grouped else "N"
+    keys = "" if s.n_kv_heads == 1 else "K" if s.grouped else "N"
+
+    def biased(name: str, dims: str) -> str | None:
+        return declared(b, f"{prefix}{name}", dims, s) if s.biases else None
+
+    def from_model(name: str, source: str, at: str, stored: str, used: str) -> str:
+        w = declared(b, f"{prefix}w{name}", f"D {stored} H", s)
+        spec = f"B {at} D, D {used} H -> B {at} {used} H"
+        bias = biased(f"b{name}", f"{stored} H")
+        y = projected(b, spec, source, w, f"{prefix}{name}", bias)
+        if name == "v" or not s.qk_norm:
+            return y
+        return normed(b, y, s.norm, s.biases, f"{prefix}{name}_norm")
+
+    q = from_model("q", x, "S", "N", queries)
+    k, v = (from_model(name, memory, "T", keys, keys) for name in "kv")
+    name = f"{prefix}attn"
+    mixed = layers.attention(b, q, k, v, causal=causal, name=name, grouped=s.grouped)
+    wo = declared(b, f"{prefix}wo", "N H D", s)
+    spec = f"B S {queries} H, {queries} H D -> B S D"
+    return projected(b, spec, mixed, wo, f"{prefix}o", biased("bo", "D"))
+
+
+def fed_forward(b: Builder, x: str, s: TransformerBlock, prefix: str = "") -> str:
+    """x·w_in → activation (times a gate) → ·w_out."""
+
+    def through(name: str, operand: str, dims: str) -> str:
+        w = declared(b, f"{prefix}w_{name}", dims, s)
+        come, go = dims.split()
+        bias = declared(b, f"{prefix}b_{name}", go, s) if s.biases else None
+        spec = f"B S {come}, {dims} -> B S {go}"
+        return projected(b, spec, operand, w, f"{prefix}{name}", bias)
+
+    sides = [through(name, x, "D F") for name in (("gate", "in") if s.gated else ("in",))]
+    value = activated(s.activation, ex.x(0))
+    h = b.pointwise(f"{prefix}h", ex.mul(value, ex.x(1)) if s.gated else value, *sides)
+    return through("out", h, "F D")
+
+
+Feed = Callable[[Builder, str, TransformerBlock, str], str]
+
+
+def layer(
+    b: Builder, x: str, s: TransformerBlock, causal: bool, prefix: str = "",
+    feed: Feed = fed_forward,
+) -> str:  # fmt: skip
+    """One pre-norm transformer layer: x + attention(norm(x)), then + feed-forward(norm(·))."""
+    h = normed(b, x, s.norm, s.biases, f"{prefix}ln1")
+    a = attended(b, h, h, s, causal, prefix)
+    if s.parallel_block:
+        return added(b, f"{prefix}x", x, a, feed(b, h, s, prefix))
+    return with_feed(b, added(b, f"{prefix}mid", x, a), s, prefix, feed)
+
+
+def cross_layer(
+    b: Builder, x: str, memory: str, s: TransformerBlock, prefix: str = "",
+    feed: Feed = fed_forward,
+) -> str:  # fmt: skip
+    """A causal layer that, between the two, also attends to an encoder's result."""
+    h = normed(b, x, s.norm, s.biases, f"{prefix}ln1")
+    x = added(b, f"{prefix}self", x, attended(b, h, h, s, True, prefix))
+    h = normed(b, x, s.norm, s.biases, f"{prefix}cross_ln")
+    x = added(b, f"{prefix}mid", x, attended(b, h, memory, s, False, f"{prefix}cross_"))
+    return with_feed(b, x, s, prefix, feed)
+
+
+def with_feed(b: Builder, x: str, s: TransformerBlock, prefix: str, feed: Feed) -> str:
+    h = normed(b, x, s.norm, s.biases, f"{prefix}ln2")
+    return added(b, f"{prefix}x", x, feed(b, h, s, prefix))

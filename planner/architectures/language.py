@@ -1,0 +1,124 @@
+"""Language models: decoder, encoder, encoder and decoder together; with experts or without.
+
+Every stack of layers is one `repeat` between embedding and loss.
+"""
+
+from __future__ import annotations
+
+from planner.architectures.blocks import (
+    TOKENS,
+    Feed,
+    added,
+    cross_layer,
+    fed_forward,
+    layer,
+    normed,
+)
+from planner.architectures.experts import experts
+from planner.architectures.settings import (
+    Decoder,
+    Encoder,
+    Experts,
+    LanguageModel,
+    MoEDecoder,
+    SequenceToSequence,
+    TransformerBlock,
+)
+from planner.graph import layers
+from planner.graph.builder import Builder
+
+
+def token_input(b: Builder, name: str, batch: int, sequence: int) -> str:
+    return b.input(name, (batch, sequence), TOKENS[:2], "i32")
+
+
+def embedding_table(b: Builder, name: str, vocab: int, s: TransformerBlock) -> str:
+    return b.param(name, (vocab, s.d_model), ("V", "D"))
+
+
+def embedded(b: Builder, s: LanguageModel, tokens: str, table: str, name: str = "x") -> str:
+    """Rows of the table for the tokens, plus learned positions if there are any."""
+    x = layers.embedding(b, table, tokens, TOKENS, name=name)
+    if s.positions != "learned":
+        return x
+    own = "positions" if name == "x" else f"{name}_positions"
+    positions = b.param(own, b.lookup(x).shape[1:], TOKENS[1:])
+    return added(b, f"{name}.placed", x, positions)
+
+
+def predicted(b: Builder, s: LanguageModel, x: str, table: str, targets: str) -> str:
+    """The loss: norm, projection to the vocabulary, cross-entropy over all positions."""
+    x = normed(b, x, s.norm, s.biases, "ln_f")
+    if s.tied_embeddings:
+        logits = b.einsum("B S D, V D -> B S V", x, table, name="logits")
+    else:
+        vocab, width = b.lookup(table).shape
+        unembed = b.param("unembed", (width, vocab), ("D", "V"))
+        logits = b.einsum("B S D, D V -> B S V", x, unembed, name="logits")
+    return layers.cross_entropy(b, logits, targets)
+
+
+def sublayers(s: LanguageModel) -> tuple[tuple[str, Feed], ...]:
+    """(prefix of names, feed-forward layer) of the layers that one iteration of a stack runs.
+
+    One ordinary layer, or with experts in every n-th layer n - 1 ordinary ones and that layer.
+    """
+    if not isinstance(s, Experts):
+        return (("", fed_forward),)
+    if s.moe_every == 1:
+        return (("", experts),)
+    count = s.moe_every - 1
+    dense = [f"dense{i + 1}." if count > 1 else "dense." for i in range(count)]
+    return (*((prefix, fed_forward) for prefix in dense), ("moe.", experts))
+
+
+def stacked(
+    b: Builder, name: str, count: int, x: str, s: LanguageModel, causal: bool,
+    memory: str | None = None,
+) -> str:  # fmt: skip
+    """`count` layers as a repeat called `name`; with `memory` they attend to it, too."""
+    parts = sublayers(s)
+    body = b.repeat(name, count // len(parts))
+    entry = y = body.enter(x)
+    for prefix, feed in parts:
+        if memory is None:
+            y = layer(body, y, s, causal, prefix, feed)
+        else:
+            y = cross_layer(body, y, memory, s, prefix, feed)
+    return body.end_repeat([(x, entry, y)])[0]
+
+
+def language_model(b: Builder, s: Decoder | Encoder | MoEDecoder, batch: int) -> str:
+    """Embedding, `layers` layers, output projection; returns the loss.
+
+    An encoder is trained to predict the masked tokens, of which this graph computes the logits
+    at all positions.
+    """
+    tokens = token_input(b, "tokens", batch, s.sequence)
+    targets = token_input(b, "targets", batch, s.sequence)
+    table = embedding_table(b, "embed", s.vocab, s)
+    x = embedded(b, s, tokens, table)
+    x = stacked(b, "layers", s.layers, x, s, not isinstance(s, Encoder))
+    return predicted(b, s, x, table, targets)
+
+
+def tables(b: Builder, s: LanguageModel, target_vocab: int | None) -> tuple[str, str]:
+    """Embedding tables of sources and targets: one for both unless the targets have their own."""
+    source = embedding_table(b, "embed", s.vocab, s)
+    if target_vocab is None:
+        return source, source
+    return source, embedding_table(b, "target_embed", target_vocab, s)
+
+
+def encoder_decoder(b: Builder, s: SequenceToSequence, batch: int) -> str:
+    """Encoder over the sources, decoder over the targets shifted by one; returns the loss."""
+    sources = token_input(b, "sources", batch, s.sequence)
+    tokens = token_input(b, "tokens", batch, s.target_length)
+    targets = token_input(b, "targets", batch, s.target_length)
+    source_table, target_table = tables(b, s, s.target_vocab)
+    memory = embedded(b, s, sources, source_table, "source")
+    memory = stacked(b, "encoder", s.encoder_layers, memory, s, False)
+    memory = normed(b, memory, s.norm, s.biases, "encoder_ln")
+    x = embedded(b, s, tokens, target_table)
+    x = stacked(b, "decoder", s.decoder_layers, x, s, True, memory)
+    return predicted(b, s, x, target_table, targets)

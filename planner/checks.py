@@ -1,0 +1,117 @@
+"""What `plan check` asks of a result, and the answers: one Finding per question.
+
+Judging only; how findings are shown is for `report.findings`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from planner.errors import InputError
+from planner.export.planfile import PlanFile
+from planner.export.stamp import Stale
+from planner.report import amounts
+from planner.request import Planned
+
+
+@dataclass(frozen=True)
+class Limits:
+    """`min_utilization` concerns MFU. `tolerance`: how far above the baseline is still equal."""
+
+    max_step_time_s: float | None = None
+    min_utilization: float | None = None
+    baseline: PlanFile | None = None
+    tolerance: float = 0.02
+
+
+@dataclass(frozen=True)
+class Finding:
+    """`rule` is a stable word for machines; `value` and `limit` in SI units, where there are
+    any."""
+
+    rule: str
+    ok: bool
+    message: str
+    value: float | None = None
+    limit: float | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """All findings about one model. `planned` is None where it could not be priced (stale)."""
+
+    file: str
+    findings: tuple[Finding, ...]
+    planned: Planned | None = field(default=None, compare=False)
+
+    @property
+    def ok(self) -> bool:
+        return all(f.ok for f in self.findings)
+
+
+def check(file: str, price: Callable[[], Planned], limits: Limits) -> Check:
+    """Judges what `price` returns; a stale file is a finding, not an error."""
+    try:
+        planned = price()
+    except Stale as stale:
+        text = f"{stale}; refresh with: {stale.refresh}"
+        return Check(file, (Finding("stale", False, text),))
+    return Check(file, tuple(_findings(planned, limits)), planned)
+
+
+def _findings(planned: Planned, limits: Limits) -> Iterator[Finding]:
+    result = planned.result
+    yield _memory(planned)
+    step_s = result.timing.step_time_s
+    if limits.max_step_time_s is not None:
+        ok = step_s <= limits.max_step_time_s
+        text = f"step time {amounts.seconds(step_s)}, " + (
+            f"{'within' if ok else 'over'} {amounts.seconds(limits.max_step_time_s)}"
+        )
+        yield Finding("step-time", ok, text, step_s, limits.max_step_time_s)
+    if limits.min_utilization is not None:
+        ok = result.mfu >= limits.min_utilization
+        text = f"MFU {amounts.share(result.mfu)}, {'at least' if ok else 'below'} " + (
+            amounts.share(limits.min_utilization)
+        )
+        yield Finding("utilization", ok, text, result.mfu, limits.min_utilization)
+    if limits.baseline is not None:
+        before = limits.baseline
+        peak = float(result.memory.peak_bytes)
+        old_peak = _recorded(before, "memory", "peak_bytes")
+        yield _regression("peak-memory", peak, old_peak, limits, amounts.size)
+        old_step = _recorded(before, "step_time_s")
+        yield _regression("step-time", step_s, old_step, limits, amounts.seconds)
+
+
+def _memory(planned: Planned) -> Finding:
+    result = planned.result
+    peak, limit = result.memory.peak_bytes, result.limit_bytes
+    text = f"{'fits' if result.fits else 'does not fit'}: {amounts.size(peak)} of " + (
+        f"{amounts.size(limit)} per device, headroom {amounts.share(result.headroom)}"
+    )
+    if planned.explanation:
+        text = planned.explanation[0]
+    return Finding("memory", result.fits, text, float(peak), float(limit))
+
+
+def _regression(
+    what: str, now: float, before: float, limits: Limits, show: Callable[[float], str]
+) -> Finding:
+    limit = before * (1 + limits.tolerance)
+    change = f"{now / before - 1:+.1%}" if before else "from nothing"
+    text = f"{what.replace('-', ' ')} {show(now)}, {change} against the baseline's {show(before)}"
+    text += f" (tolerance {amounts.share(limits.tolerance)})"
+    return Finding(f"regression-{what}", now <= limit, text, now, limit)
+
+
+def _recorded(baseline: PlanFile, *path: str) -> float:
+    """A figure that the baseline predicted."""
+    value: Any = baseline.predicted
+    for key in path:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"{baseline.file}: predicted.{'.'.join(path)} is no number")
+    return float(value)

@@ -1,0 +1,55 @@
+"""The files that `plan MODEL -o DIR` writes, and the formats of `plan export`.
+
+A table from format to function; the formats themselves are modules of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from planner.annotations import axes_by_name
+from planner.errors import InputError, nearest
+from planner.export import annotationfile, jax_annotations, planfile
+from planner.export.planfile import PlanFile
+from planner.report.document import prediction
+from planner.request import Planned
+
+
+def plan_file(planned: Planned) -> PlanFile:
+    """What plan.json holds: nothing of the machine that planned, no paths."""
+    source, result = planned.source, planned.result
+    stored = source.portable()
+    return PlanFile(
+        planfile.FILE_NAME, planned.stamp, stored, planned.machine.portable_argument,
+        planned.machine.text, planned.options.memory_bytes, result.headroom, planned.options.seed,
+        {name: tuple(map(tuple, dims)) for name, dims in planned.annotation.items()},
+        prediction(planned), result.plan,
+    )  # fmt: skip
+
+
+def files(planned: Planned) -> dict[str, str]:
+    """Text by file name."""
+    return {
+        planfile.FILE_NAME: planfile.dump(plan_file(planned)),
+        "annotations.py": jax_annotations.dump(planned.result),
+        "annotations.json": _json(planned),
+    }
+
+
+def _json(planned: Planned) -> str:
+    return annotationfile.dump(planned.stamp, axes_by_name(planned.result))
+
+
+FORMATS: dict[str, Callable[[Planned], str]] = {
+    "jax": lambda planned: jax_annotations.dump(planned.result),
+    "json": _json,
+}
+
+
+def exporter(form: str) -> Callable[[Planned], str]:
+    """The function of a format; InputError with the known ones."""
+    if form not in FORMATS:
+        near = nearest(form, FORMATS, 1)
+        hint = f"did you mean {near[0]}?" if near else f"formats: {', '.join(FORMATS)}"
+        raise InputError(f"no export format {form!r}", hint)
+    return FORMATS[form]

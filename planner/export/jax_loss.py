@@ -1,0 +1,256 @@
+"""The forward graph as the source of one JAX function: loss(params, batch, mesh).
+
+Loops become `lax.scan` over their stacked parameters, their bodies are checkpointed as the remat
+policy says, and tensors with a spec are annotated by name. Single ops are in `jax_ops.py`.
+"""
+
+from __future__ import annotations
+
+import builtins
+import keyword
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from planner.export.jax_ops import OpText, reads, statements
+from planner.graph.builder import contraction_sizes
+from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
+
+LINE = 96  # columns of the generated file
+_RESERVED = {
+    "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "w", "saved",
+    *keyword.kwlist, *dir(builtins),
+}  # fmt: skip
+
+
+@dataclass
+class LossWriter:
+    """Writes one function. `annotated` names the tensors that get a sharding constraint."""
+
+    graph: Graph
+    remat: str
+    annotated: Collection[str]
+    variables: dict[str, str] = field(default_factory=dict)
+    taken: set[str] = field(default_factory=set)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    parameter_of: dict[str, str] = field(default_factory=dict)  # slice in a body → its parameter
+
+    def lines(self) -> list[str]:
+        """The body of the function, unindented."""
+        self.tensors = self.graph.all_tensors()
+        for name in self.graph.inputs:
+            where = "params" if self.tensors[name].role == "parameter" else "batch"
+            self.variables[name] = f'{where}["{name}"]'
+        loss = self.graph.outputs[0]
+        written = self._scope(self.graph.nodes, {loss}, "")
+        return [*written, f"return {self.variables[loss]}"]
+
+    # ---- scopes -----------------------------------------------------------------------------
+
+    def _scope(self, nodes: Sequence[Node], wanted: Collection[str], prefix: str) -> list[str]:
+        lines: list[str] = []
+        for node in _live(nodes, wanted):
+            if isinstance(node, Op):
+                lines += self._op(node, prefix)
+            else:
+                lines += self._loop(node, prefix)
+        return lines
+
+    def _op(self, op: Op, prefix: str) -> list[str]:
+        ins = [self.tensors[n] for n in op.ins]
+        outs = [self.tensors[n] for n in op.outs]
+        targets = [self._variable(n, prefix) for n in op.outs]
+        read = reads(op)
+        names = [self._operand(n) if j in read else "" for j, n in enumerate(op.ins)]
+        lines = []
+        for a in statements(OpText(op, names, targets, ins, outs)):
+            code = a.code
+            named = [op.outs[i] for i in a.outs]
+            if len(named) == 1 and named[0] in self.annotated:
+                code = f'shard({code}, "{named[0]}")'
+            if self.remat in ("dots", "attention") and prefix and _saved(op, self.remat, self):
+                code = f'saved({code}, "{self.variables[named[0]]}")'
+            lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
+        return lines
+
+    def _operand(self, name: str) -> str:
+        """How `name` is read; slices of annotated parameters keep the parameter's sharding."""
+        parameter = self.parameter_of.get(name)
+        code = self.variables[name]
+        return f'shard({code}, "{parameter}")' if parameter in self.annotated else code
+
+    def _variable(self, name: str, prefix: str) -> str:
+        """A Python name for tensor `name`, unique in the function."""
+        base = name.removeprefix(prefix).removesuffix(".cast")
+        found = plain = self._identifier(base)
+        count = 1
+        while found in self.taken:
+            count += 1
+            found = f"{plain}_{count}"
+        self.taken.add(found)
+        self.variables[name] = found
+        return found
+
+    def _identifier(self, text: str) -> str:
+        plain = re.sub(r"\W+", "_", text).strip("_") or "value"
+        if plain[0].isdigit():
+            plain = f"_{plain}"
+        return f"{plain}_" if plain in _RESERVED else plain
+
+    # ---- loops ------------------------------------------------------------------------------
+
+    def _loop(self, loop: Loop, prefix: str) -> list[str]:
+        inits = [self._operand(k.init) for k in loop.carries]
+        stacks = {self._key(s, loop): self._operand(s.outer) for s in loop.reads}
+        own = f"{loop.name}."
+        function = self._variable(loop.name, prefix)
+        for s in loop.reads:
+            self.variables[s.inner] = f'w["{self._key(s, loop)}"]'
+            if self.tensors[s.outer].role == "parameter":
+                self.parameter_of[s.inner] = self.parameter_of.get(s.outer, s.outer)
+        entries = [self._variable(k.entry, own) for k in loop.carries]
+        head = [
+            f'{v} = shard({v}, "{k.entry}")'
+            for v, k in zip(entries, loop.carries, strict=True)
+            if k.entry in self.annotated
+        ]
+        wanted = {k.exit for k in loop.carries} | {s.inner for s in loop.writes}
+        body = self._scope(loop.body.nodes, wanted, own)
+        exits = [self.variables[k.exit] for k in loop.carries]
+        writes = [self.variables[s.inner] for s in loop.writes]
+        inside = [*head, *body, f"return {_several(exits)}, {_several(writes)}"]
+        results = [self._variable(k.result, prefix) for k in loop.carries]
+        stacked = [self._variable(s.outer, prefix) for s in loop.writes]
+        argument, first = _several(entries), []
+        if len(entries) != 1:
+            argument, first = "carry", [f"{argument} = carry"] if entries else []
+        items = ", ".join(f'"{k}": {v}' for k, v in stacks.items())
+        back = ", reverse=True" if loop.reverse else ""
+        call = f"lax.scan({function}, {_several(inits)}, {{{items}}}, length={loop.times}{back})"
+        return [
+            "",
+            *self._decorator(),
+            f"def {function}({argument}, w):",
+            *(f"    {line}" if line else "" for line in [*first, *inside]),
+            "",
+            *wrapped(f"{_several(results)}, {_several(stacked) if stacked else '_'} = {call}"),
+        ]
+
+    def _key(self, stack: Stack, loop: Loop) -> str:
+        return stack.outer.replace("[i]", "").removeprefix(f"{loop.name}.")
+
+    def _decorator(self) -> list[str]:
+        if self.remat == "none":
+            return []
+        if self.remat == "full":
+            return ["@partial(jax.checkpoint, prevent_cse=False)"]
+        return ["@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"]
+
+
+def saved_names(graph: Graph, remat: str, writer: LossWriter) -> list[str]:
+    """Variables that the policies `dots` and `attention` keep for the backward pass."""
+    found = []
+    for node in graph.nodes:
+        if isinstance(node, Loop):
+            for op, _ in node.body.walk():
+                kept = op.outs[0] in writer.variables and _saved(op, remat, writer)
+                found += [writer.variables[op.outs[0]]] if kept else []
+    return found
+
+
+def _saved(op: Op, remat: str, writer: LossWriter) -> bool:
+    """Whether the policy saves the op's result (what derives from parameters alone is redone)."""
+    weights = [_from_parameters(n, writer) for n in op.ins]
+    if op.ins and all(weights):
+        return False
+    if remat == "dots":
+        return contraction_sizes(op) is not None and any(weights)
+    names = {f.name for f in op.rule.factors}
+    mixes = contraction_sizes(op) is not None and "T" not in op.attrs.get("kept", ("T",))
+    return not ({"S", "T"} <= names and not mixes)
+
+
+def _from_parameters(name: str, writer: LossWriter) -> bool:
+    return writer.tensors[name].role == "parameter" or name.endswith(".cast")
+
+
+def _live(nodes: Sequence[Node], wanted: Collection[str]) -> list[Node]:
+    """The nodes that `wanted` depends on, as they are written."""
+    needed, kept = set(wanted), []
+    for node in reversed(nodes):
+        if not needed & set(node.outs):
+            continue
+        kept.append(node)
+        needed |= set(node.ins if isinstance(node, Loop) else (node.ins[j] for j in reads(node)))
+    return kept[::-1]
+
+
+def _several(names: Sequence[str]) -> str:
+    if not names:
+        return "None"
+    return names[0] if len(names) == 1 else f"({', '.join(names)})"
+
+
+def wrapped(line: str) -> list[str]:
+    """`line`; if it is too long, its longest call or sum is opened over several lines."""
+    if len(line) <= LINE:
+        return [line]
+    start = _opening(line, lambda inner: len(_split(inner)) > 1)
+    if start is not None:
+        stop = _closing(line, start)
+        parts = [f"{part}," for part in _split(line[start + 1 : stop])]
+    else:
+        start = _opening(line, lambda inner: len(_terms(inner)) > 1)
+        if start is None:
+            return [line]
+        stop = _closing(line, start)
+        parts = _terms(line[start + 1 : stop])
+    inner = [f"    {piece}" for part in parts for piece in wrapped(part)]
+    return [line[: start + 1], *inner, line[stop:]]
+
+
+def _opening(line: str, wanted: Callable[[str], bool]) -> int | None:
+    """Where the longest bracket opens whose inside is `wanted`; subscripts stay closed."""
+    spans = {
+        i: _closing(line, i)
+        for i, c in enumerate(line)
+        if c in "({" or (c == "[" and not re.search(r"[\w)\]]$", line[:i]))
+    }
+    found = [i for i, stop in spans.items() if wanted(line[i + 1 : stop])]
+    return max(found, key=lambda i: (spans[i] - i, -i), default=None)
+
+
+def _terms(text: str) -> list[str]:
+    """The terms of a sum, or the factors of a product, each with the operator before it."""
+    for signs in ("+-", "*/"):
+        parts, depth, last = [], 0, 0
+        for i, c in enumerate(text):
+            depth += (c in "([{") - (c in ")]}")
+            if depth == 0 and c in signs and text[i - 1 : i] == " " and text[i + 1 : i + 2] == " ":
+                parts.append(text[last:i].strip())
+                last = i
+        if parts:
+            return [*parts, text[last:].strip()]
+    return [text]
+
+
+def _closing(line: str, start: int) -> int:
+    depth = 0
+    for i in range(start, len(line)):
+        depth += (line[i] in "([{") - (line[i] in ")]}")
+        if depth == 0:
+            return i
+    return len(line) - 1
+
+
+def _split(text: str) -> list[str]:
+    parts, depth, quoted, last = [], 0, False, 0
+    for i, c in enumerate(text):
+        quoted ^= c == '"'
+        depth += (c in "([{") - (c in ")]}")
+        if c == "," and depth == 0 and not quoted:
+            parts.append(text[last:i].strip())
+            last = i + 1
+    return [p for p in (*parts, text[last:].strip()) if p]
+
+

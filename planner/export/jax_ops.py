@@ -1,0 +1,389 @@
+"""One forward op as JAX statements: `map` expressions, data movement, convolution, pooling.
+
+Every writer takes an `OpText` and returns assignments; loops, sharding and the rest of the file
+belong to `jax_program.py`.
+"""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+
+from planner.export.jax_expr import JNP_DTYPES, WEAK, Writer, number
+from planner.graph import expr as ex
+from planner.graph.core import Op, Tensor
+
+
+class ExportError(ValueError):
+    """A graph that this exporter cannot write."""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """`targets = code`, for the results numbered `outs` of the op."""
+
+    outs: tuple[int, ...]
+    code: str
+
+
+@dataclass(frozen=True)
+class OpText:
+    """An op with the tensors around it and the variables that hold its operands and results."""
+
+    op: Op
+    names: Sequence[str]
+    targets: Sequence[str]
+    ins: Sequence[Tensor]
+    outs: Sequence[Tensor]
+
+
+def statements(text: OpText) -> list[Assignment]:
+    """The assignments that compute the op's results."""
+    writer = WRITERS.get(text.op.kind)
+    if writer is None:
+        raise ExportError(f"'{text.op.name}': a forward pass has no op '{text.op.kind}'")
+    return writer(text)
+
+
+def _one(code: str) -> list[Assignment]:
+    return [Assignment((0,), code)]
+
+
+# ---- map: contractions, elementwise expressions, reductions --------------------------------------
+
+
+def _map(t: OpText) -> list[Assignment]:
+    if t.op.attrs.get("onehot") == "take":
+        return _one(_as(f'jnp.take({t.names[0]}, {t.names[1]}, axis=0, mode="clip")', t, 0))
+    if t.op.attrs.get("vjp") == "softmax":
+        return _one(_softmax(t))
+    found = [Assignment((k,), _map_result(t, k)) for k in range(len(t.outs))]
+    if t.op.attrs.get("stop"):
+        return [Assignment(a.outs, f"lax.stop_gradient({a.code})") for a in found]
+    return found
+
+
+def _map_result(t: OpText, k: int) -> str:
+    e = t.op.attrs["exprs"][k]
+    einsum = _einsum(t, e, k)
+    return einsum if einsum is not None else _spread(t, e, k)
+
+
+def _einsum(t: OpText, e: ex.Expr, k: int) -> str | None:
+    """A sum of products of several operands, times constants; None if it is something else."""
+    rule = t.op.rule
+    used = ex.product_of(e)
+    reduced = [i for i, f in enumerate(rule.factors) if (i,) not in rule.outs[k]]
+    if rule.combiner != "sum" or not reduced or used is None or len(set(used)) < 2:
+        return None
+    if len(set(used)) < len(used) or any((i,) not in rule.ins[j] for i in reduced for j in used):
+        return None
+    covered = {d for j in used for d in rule.ins[j]}
+    if any(d not in covered for d in rule.outs[k]):
+        return None
+    letters = _letters([f.name for f in rule.factors])
+    sides = ["".join(letters[d[0]] for d in rule.ins[j]) for j in used]
+    spec = f"{','.join(sides)}->{''.join(letters[d[0]] for d in rule.outs[k])}"
+    dtypes = {t.ins[j].dtype for j in used}
+    wide = t.outs[k].dtype
+    prefer = "" if dtypes == {wide} else f", preferred_element_type={JNP_DTYPES[wide]}"
+    arrays = ", ".join(t.names[j] for j in used)
+    code = f'jnp.einsum("{spec}", {arrays}{prefer})'
+    scale = constant_of(e)
+    return code if scale == 1 else f"{code} * {number(scale)}"
+
+
+def constant_of(e: ex.Expr) -> float:
+    """The constant factor of a product (see `ex.product_of`)."""
+    if e[0] == "c":
+        return float(e[1])
+    if e[0] == "x":
+        return 1.0
+    if e[0] == "neg":
+        return -constant_of(e[1])
+    if e[0] == "stop":
+        return constant_of(e[1])
+    right = constant_of(e[2])
+    return constant_of(e[1]) / right if e[0] == "div" else constant_of(e[1]) * right
+
+
+def _letters(labels: Sequence[str]) -> list[str]:
+    """One letter per factor: its own if it is one, else a free one, its initial if possible."""
+    found: dict[int, str] = {
+        i: label for i, label in enumerate(labels) if len(label) == 1 and label.isalpha()
+    }
+    for i, label in enumerate(labels):
+        if i not in found:
+            wished = label[:1] + label[:1].lower() + string.ascii_letters
+            taken = set(found.values())
+            found[i] = next(c for c in wished if c.isalpha() and c.isascii() and c not in taken)
+    return [found[i] for i in range(len(labels))]
+
+
+def _order(t: OpText, k: int) -> list[int]:
+    """Order of all factors in which the expression is written, the most natural one."""
+    everything = set(range(len(t.op.rule.factors)))
+    for dims in (t.op.rule.outs[k], *t.op.rule.ins):
+        if {d[0] for d in dims} == everything and len(dims) == len(everything):
+            return [d[0] for d in dims]
+    out = [d[0] for d in t.op.rule.outs[k]]
+    return out + sorted(everything - set(out))
+
+
+def _writer(t: OpText, order: Sequence[int], dtype: str) -> Writer:
+    """Operands broadcast over `order`; narrower ones are widened to `dtype`."""
+    names, dtypes = [], []
+    for name, tensor, dims in zip(t.names, t.ins, t.op.rule.ins, strict=True):
+        narrow = dtype == "f32" and tensor.dtype in ("bf16", "f16")
+        code = f"{name}.astype(jnp.float32)" if narrow else name
+        names.append(_broadcast(code, [d[0] for d in dims], order))
+        dtypes.append("f32" if narrow else tensor.dtype)
+    indices = {}
+    for i, factor in enumerate(t.op.rule.factors):
+        position = order.index(i)
+        indices[factor.name] = _expanded(
+            f"jnp.arange({factor.size})", [position], len(order)
+        )
+    return Writer(names, dtypes, indices)
+
+
+def _broadcast(code: str, dims: Sequence[int], order: Sequence[int]) -> str:
+    """`code` (one axis per factor of `dims`) so that it broadcasts over `order`."""
+    positions = [order.index(d) for d in dims]
+    if positions != sorted(positions):
+        ranked = sorted(range(len(dims)), key=lambda i: positions[i])
+        code = f"jnp.transpose({code}, {tuple(ranked)})"
+        positions.sort()
+    return _expanded(code, positions, len(order))
+
+
+def _expanded(code: str, positions: Sequence[int], rank: int) -> str:
+    missing = [i for i in range(rank) if i not in positions]
+    if not positions or not [i for i in missing if i > positions[0]]:
+        return code  # NumPy broadcasts missing leading axes by itself
+    first = positions[0]
+    marks = [":" if i in positions else "None" for i in range(first, rank)]
+    return f"{code}[{', '.join(marks)}]"
+
+
+def _spread(t: OpText, e: ex.Expr, k: int) -> str:
+    """An expression over all factors, then reduced over those that the result lacks."""
+    rule, wanted = t.op.rule, t.outs[k].dtype
+    order = _order(t, k)
+    out = [d[0] for d in rule.outs[k]]
+    reduced = [position for position, i in enumerate(order) if i not in out]
+    writer = _writer(t, order, wanted)
+    code, dtype = writer.text(e), writer.dtype(e)
+    sizes = [rule.factors[i].size for i in order]
+    if not _covers(t, e, order):
+        code = f"jnp.broadcast_to({code}, {_tuple(sizes)})"
+    if reduced:
+        axis = reduced[0] if len(reduced) == 1 else tuple(reduced)
+        function = "jnp.max" if rule.combiner == "max" else "jnp.sum"
+        code = f"{function}({code})" if len(reduced) == len(order) else (
+            f"{function}({code}, axis={axis})"
+        )  # fmt: skip
+    kept = [i for i in order if i in out]
+    if kept != out:
+        code = f"jnp.transpose({code}, {tuple(kept.index(i) for i in out)})"
+    if dtype == wanted:
+        return code
+    if dtype == WEAK and not _covers(t, e, order):
+        return f"jnp.asarray({code}, {JNP_DTYPES[wanted]})"
+    return f"{_atom(code)}.astype({JNP_DTYPES[wanted]})"
+
+
+def _covers(t: OpText, e: ex.Expr, order: Sequence[int]) -> bool:
+    """Whether the written expression has the full shape over `order`."""
+    factors = t.op.rule.factors
+    seen = {d[0] for j in ex.arguments(e) for d in t.op.rule.ins[j]}
+    seen |= {i for i, f in enumerate(factors) if f.name in ex.index_factors(e)}
+    return seen == set(order) and (bool(order) or bool(ex.arguments(e)))
+
+
+def _atom(code: str) -> str:
+    """`code` ready for a method call."""
+    depth = 0
+    for c in code:
+        depth += c in "([{"
+        depth -= c in ")]}"
+        if depth == 0 and c in " -":
+            return f"({code})"
+    return code
+
+
+def _as(code: str, t: OpText, operand: int) -> str:
+    wanted = t.outs[0].dtype
+    return code if t.ins[operand].dtype == wanted else f"{code}.astype({JNP_DTYPES[wanted]})"
+
+
+def _softmax(t: OpText) -> str:
+    """exp(logit − max) / sum as one call; the ops of max and sum become dead code."""
+    logit = t.op.attrs["exprs"][0][1][1][1]
+    order = _order(t, 0)
+    writer = _writer(t, order, "f32")
+    names = [t.op.rule.factors[i].name for i in order]
+    axis = names.index(t.op.attrs["over"])
+    code = f"jax.nn.softmax({writer.text(logit)}, axis={axis})"
+    wanted = t.outs[0].dtype
+    return code if wanted == "f32" else f"{code}.astype({JNP_DTYPES[wanted]})"
+
+
+def reads(op: Op) -> tuple[int, ...]:
+    """Positions of the operands that the written statements use."""
+    if op.kind != "map" or op.attrs.get("onehot"):
+        return tuple(range(len(op.ins)))
+    if op.attrs.get("vjp") == "softmax":
+        return tuple(sorted(ex.arguments(op.attrs["exprs"][0][1][1][1])))
+    return tuple(sorted(frozenset().union(*(ex.arguments(e) for e in op.attrs["exprs"]))))
+
+
+def _tuple(values: Sequence[object]) -> str:
+    inner = ", ".join(map(str, values))
+    return f"({inner},)" if len(values) == 1 else f"({inner})"
+
+
+# ---- data movement -------------------------------------------------------------------------------
+
+
+def _reshape(t: OpText) -> list[Assignment]:
+    return _one(f"jnp.reshape({t.names[0]}, {_tuple(t.outs[0].shape)})")
+
+
+def _concat(t: OpText) -> list[Assignment]:
+    return _one(f"jnp.concatenate([{', '.join(t.names)}], axis={t.op.attrs['axis']})")
+
+
+def _slice(t: OpText) -> list[Assignment]:
+    start, stop, step = t.op.attrs["bounds"]
+    bounds = f"{start}, {stop}" if step == 1 else f"{start}, {stop}, {step}"
+    return _one(f"lax.slice_in_dim({t.names[0]}, {bounds}, axis={t.op.attrs['axis']})")
+
+
+def _pad(t: OpText) -> list[Assignment]:
+    a, rank = t.op.attrs, len(t.ins[0].shape)
+    config = [a["padding"] if i == a["axis"] else (0, 0, 0) for i in range(rank)]
+    value = f"jnp.asarray({number(a['value'])}, {t.names[0]}.dtype)"
+    return _one(f"lax.pad({t.names[0]}, {value}, {config})")
+
+
+def _cumsum(t: OpText) -> list[Assignment]:
+    a, x = t.op.attrs, t.names[0]
+    back = ", reverse=True" if a["reverse"] else ""
+    own = f" - {x}" if a["exclusive"] else ""
+    return _one(f"lax.cumsum({x}, axis={a['axis']}{back}){own}")
+
+
+def _sort(t: OpText) -> list[Assignment]:
+    a, x = t.op.attrs, t.names[0]
+    axis, last = a["axis"], len(t.ins[0].shape) - 1
+    if a["descending"] and a["keep"] < t.ins[0].shape[axis] and axis == last:
+        return [Assignment((0, 1), f"lax.top_k({x}, {a['keep']})")]
+    down = ", descending=True" if a["descending"] else ""
+    order = f"jnp.argsort({x}, axis={axis}{down}, stable=True)"
+    if a["keep"] < t.ins[0].shape[axis]:
+        order = f"lax.slice_in_dim({order}, 0, {a['keep']}, axis={axis})"
+    places = f"{order}.astype(jnp.int32)"
+    return [
+        Assignment((1,), places),
+        Assignment((0,), f"jnp.take_along_axis({x}, {t.targets[1]}, axis={axis})"),
+    ]
+
+
+# ---- convolution, pooling, upsampling ------------------------------------------------------------
+
+_SPATIAL = "HWZUV"  # letters of lax's dimension numbers, in order
+
+
+def _lead(t: OpText) -> tuple[int, ...]:
+    """Leading (batch) dimensions of the first operand."""
+    return tuple(t.ins[0].shape[: len(t.ins[0].shape) - len(t.op.attrs["taps"]) - 1])
+
+
+def _with_one_batch(t: OpText, code: Callable[[str], str]) -> list[Assignment]:
+    """`code` on an operand whose leading dimensions are merged into one."""
+    lead, x = _lead(t), t.ins[0].shape
+    if len(lead) == 1:
+        return _one(code(t.names[0]))
+    merged = f"jnp.reshape({t.names[0]}, {_tuple((prod(lead), *x[len(lead) :]))})"
+    return _one(f"jnp.reshape({code(merged)}, {_tuple(t.outs[0].shape)})")
+
+
+def _conv(t: OpText) -> list[Assignment]:
+    a = t.op.attrs
+    options = [f"window_strides={_tuple(a['stride'])}", f"padding={list(a['padding'])}"]
+    if set(a["dilation"]) != {1}:
+        options.append(f"rhs_dilation={_tuple(a['dilation'])}")
+    return _convolution(t, t.names[1], options)
+
+
+def _conv_transpose(t: OpText) -> list[Assignment]:
+    """A convolution of the dilated input with the reversed window."""
+    a = t.op.attrs
+    if not a["flipped"]:
+        raise ExportError(f"'{t.op.name}': a forward pass has no gradient of a convolution")
+    rank, pads = len(a["taps"]), []
+    inputs = t.ins[0].shape[-rank - 1 : -1]
+    for n, size, k, s, d, (low, _) in zip(
+        inputs, a["spatial"], a["taps"], a["stride"], a["dilation"], a["padding"], strict=True
+    ):
+        reach = (k - 1) * d + 1
+        before = reach - 1 - low
+        pads.append((before, size + reach - 1 - before - ((n - 1) * s + 1)))
+    options = [f"window_strides={_tuple((1,) * rank)}", f"padding={pads}"]
+    options.append(f"lhs_dilation={_tuple(a['stride'])}")
+    if set(a["dilation"]) != {1}:
+        options.append(f"rhs_dilation={_tuple(a['dilation'])}")
+    return _convolution(t, f"jnp.flip({t.names[1]}, {_tuple(range(rank))})", options)
+
+
+def _convolution(t: OpText, w: str, options: list[str]) -> list[Assignment]:
+    group = t.op.attrs["parts"]["b"]
+    spatial = _SPATIAL[: len(t.op.attrs["taps"])]
+    layout = f'("N{spatial}C", "{spatial}IO", "N{spatial}C")'
+    options.append(f"dimension_numbers={layout}")
+    if group:
+        options.append(f"feature_group_count={t.op.rule.factors[group[0]].size}")
+    given = ", ".join(options)
+    return _with_one_batch(t, lambda x: f"lax.conv_general_dilated({x}, {w}, {given})")
+
+
+def _reduce_window(t: OpText, init: str, function: str) -> str:
+    a, lead = t.op.attrs, len(_lead(t))
+    window = (*(1,) * lead, *a["taps"], 1)
+    strides = (*(1,) * lead, *a["stride"], 1)
+    pads = [*((0, 0),) * lead, *a["padding"], (0, 0)]
+    return f"lax.reduce_window({t.names[0]}, {init}, {function}, {window}, {strides}, {pads})"
+
+
+def _max_pool(t: OpText) -> list[Assignment]:
+    return _one(_reduce_window(t, "-jnp.inf", "lax.max"))
+
+
+def _avg_pool(t: OpText) -> list[Assignment]:
+    return _one(f"{_reduce_window(t, '0.0', 'lax.add')} / {prod(t.op.attrs['taps'])}")
+
+
+def _upsample(t: OpText) -> list[Assignment]:
+    code = t.names[0]
+    for axis, times in enumerate(t.op.attrs["times"], start=1):
+        code = code if times == 1 else f"jnp.repeat({code}, {times}, axis={axis})"
+    return _one(code)
+
+
+WRITERS: dict[str, Callable[[OpText], list[Assignment]]] = {
+    "map": _map,
+    "reshape": _reshape,
+    "concat": _concat,
+    "slice": _slice,
+    "pad": _pad,
+    "cumsum": _cumsum,
+    "sort": _sort,
+    "conv": _conv,
+    "conv_dx": _conv_transpose,
+    "max_pool": _max_pool,
+    "avg_pool": _avg_pool,
+    "upsample": _upsample,
+}

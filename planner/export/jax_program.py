@@ -1,0 +1,314 @@
+"""A self-contained JAX training program: mesh, annotations, loss, optimizer, jitted train step.
+
+The file needs only jax and is meant to be read and kept. It is written from the *unfused* forward
+graph (`model.graph`), the training settings and the specs of named tensors; how a loss is written
+is in `jax_loss.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from meshes import LogicalMesh
+from planner.export.jax_expr import JNP_DTYPES
+from planner.export.jax_loss import LossWriter, saved_names, wrapped
+from planner.export.jax_ops import ExportError
+from planner.export.jax_optimizers import states_of, update_source
+from planner.graph.core import Graph, Tensor
+from planner.model import Model, Training
+from planner.sharding.spec import Spec, replicated
+
+
+def jax_program(model: Model, mesh: LogicalMesh, specs: Mapping[str, Spec]) -> str:
+    """Source of the program. `specs`: parameters, states, inputs and any activations; tensors
+    without one are replicated (arguments) or left to the compiler (activations)."""
+    if model.training.pipeline_microbatches > 1:
+        raise ExportError("pipelined training steps cannot be written as a JAX program yet")
+    graph, training = model.graph, model.training
+    tables = _Tables(graph, training, specs)
+    writer = LossWriter(graph, training.remat, set(tables.activations) | set(tables.parameters))
+    body = writer.lines()
+    parts = [
+        _header(model, mesh),
+        _mesh_source(mesh),
+        tables.source(),
+        _saved_source(graph, training, writer),
+        _HELPERS.strip("\n").split("\n"),
+        ["def loss_fn(params, batch, mesh=None):",
+         f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
+         "    shard = partial(annotate, mesh=mesh)",
+         *(f"    {line}" if line else "" for line in body)],
+        update_source(graph, training),
+        _step_source(training),
+        _TAIL.strip("\n").split("\n"),
+    ]  # fmt: skip
+    return "\n\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _header(model: Model, mesh: LogicalMesh) -> list[str]:
+    steps = model.training.accumulation_steps
+    micro = f", {steps} accumulation steps" if steps > 1 else ""
+    return [
+        f'"""Training step of {model.name} on {mesh.topology.name}: {mesh.describe()}.',
+        "",
+        f"Batch {model.training.batch}{micro}, {model.training.optimizer}, "
+        f"rematerialisation: {model.training.remat}.",
+        "Written by shardplan as a starting point; it needs only jax and is yours to change.",
+        '"""',
+        "",
+        "from functools import partial",
+        "",
+        "import jax",
+        "import jax.numpy as jnp",
+        "import numpy as np",
+        "from jax import lax",
+        "from jax.ad_checkpoint import checkpoint_name as saved",
+        "from jax.sharding import Mesh, NamedSharding",
+        "from jax.sharding import PartitionSpec as P",
+    ]
+
+
+def _mesh_source(mesh: LogicalMesh) -> list[str]:
+    parts = [p for p in mesh.parts if p.size > 1]
+    sizes = tuple(p.size for p in parts)
+    order = tuple(i for name in mesh.names for i, p in enumerate(parts) if p.axis == name)
+    axes = ", ".join(f'"{name}": {size}' for name, size in mesh.axes)
+    return [
+        f"MESH = {{{axes}}}",
+        "# The physical devices, in order of their coordinates, cut into these parts; the mesh",
+        "# axes are made of them in this order (the layout that was priced).",
+        f"PARTS, ORDER = {sizes}, {order}",
+    ]
+
+
+class _Tables:
+    """Shapes, dtypes and specs of the arguments, and specs of annotated activations."""
+
+    def __init__(self, graph: Graph, training: Training, specs: Mapping[str, Spec]) -> None:
+        self.graph, self.training, self.specs = graph, training, specs
+        self.parameters = {p.name: p for p in graph.parameters()}
+        self.states = states_of(graph, training)
+        self.activations = self._annotated()
+
+    def _annotated(self) -> dict[str, Spec]:
+        """Activations with a spec; unreduced ones have no sharding that JAX can name."""
+        found = {}
+        for name, tensor in self.graph.all_tensors().items():
+            spec = self.specs.get(name)
+            own = name not in self.graph.inputs and tensor.role != "parameter"
+            if spec is not None and own and not spec.partial and tensor.shape:
+                found[name] = spec
+        return found
+
+    def source(self) -> list[str]:
+        return [
+            "# Parameters (stacked over layers): shape, dtype, sharding.",
+            *_table("PARAMETERS", {p: self._argument(t) for p, t in self.parameters.items()}),
+            "",
+            "# Optimizer states of every parameter.",
+            *_table("STATES", {p: self._states(p) for p in self.parameters}),
+            "",
+            "# Inputs of one step.",
+            *_table("INPUTS", {n: self._argument(t) for n, t in self._inputs().items()}),
+            "",
+            "# Shardings of activations, by name; remove a line to leave one to the compiler.",
+            *_table("ACTIVATIONS", {n: partition(s) for n, s in self.activations.items()}),
+        ]
+
+    def _inputs(self) -> dict[str, Tensor]:
+        steps = self.training.accumulation_steps
+        found = {}
+        for name in self.graph.inputs:
+            t = self.graph.tensors[name]
+            if t.role != "parameter":
+                shape = (steps, *t.shape) if steps > 1 else t.shape
+                found[name] = Tensor(name, shape, t.dtype, t.dims, t.role)
+        return found
+
+    def _argument(self, t: Tensor) -> str:
+        return _row(t, self._spec(t))
+
+    def _spec(self, t: Tensor) -> Spec:
+        spec = self.specs.get(t.name) or self.specs.get(f"{t.name}.all")
+        if spec is None:
+            return replicated(len(t.shape))
+        return spec if len(spec.dims) == len(t.shape) else spec.stacked()
+
+    def _states(self, parameter: str) -> str:
+        rows = (f'"{k}": {self._state(parameter, t)}' for k, t in self.states[parameter].items())
+        return f"{{{', '.join(rows)}}}"
+
+    def _state(self, parameter: str, t: Tensor) -> str:
+        """A state without a spec of its own lies like its parameter."""
+        spec = self.specs.get(t.name)
+        if spec is None:
+            p = self.parameters[parameter]
+            by_dim = dict(zip(p.dims, self._spec(p).dims, strict=True))
+            spec = Spec(tuple(by_dim[d] for d in t.dims))
+        return _row(t, spec)
+
+
+def _row(t: Tensor, spec: Spec) -> str:
+    return f"({t.shape}, {JNP_DTYPES[t.dtype]}, {partition(spec)})"
+
+
+def partition(spec: Spec) -> str:
+    """P(…) with one entry per dimension."""
+    entries = [
+        "None" if not d else f'"{d[0]}"' if len(d) == 1 else str(tuple(d)).replace("'", '"')
+        for d in spec.dims
+    ]
+    return f"P({', '.join(entries)})"
+
+
+def _table(name: str, rows: Mapping[str, str]) -> list[str]:
+    if not rows:
+        return [f"{name} = {{}}"]
+    lines = [f"{name} = {{"]
+    for key, value in rows.items():
+        lines += [f"    {line}" for line in wrapped(f'"{key}": {value},')]
+    return [*lines, "}"]
+
+
+def _saved_source(graph: Graph, training: Training, writer: LossWriter) -> list[str]:
+    if training.remat not in ("dots", "attention"):
+        return []
+    names = saved_names(graph, training.remat, writer)
+    quoted = ", ".join(f'"{n}"' for n in names)
+    return [
+        "# What the backward pass keeps of every layer; all else is computed again.",
+        *wrapped(f"SAVED = jax.checkpoint_policies.save_only_these_names({quoted})"),
+    ]
+
+
+def _step_source(training: Training) -> Sequence[str]:
+    steps = training.accumulation_steps
+    text = _ONE_STEP if steps == 1 else _ACCUMULATED.replace("STEPS", str(steps))
+    return text.strip("\n").split("\n")
+
+
+_HELPERS = '''
+def make_mesh(devices=None):
+    """The mesh over `devices` (default: all), with the axes laid on the links as planned."""
+    devices = sorted(jax.devices() if devices is None else devices, key=_position)
+    if len(devices) != np.prod(list(MESH.values())):
+        raise ValueError(f"the plan is for a mesh {MESH}, there are {len(devices)} devices")
+    grid = np.array(devices).reshape(PARTS).transpose(ORDER)
+    return Mesh(grid.reshape(tuple(MESH.values())), tuple(MESH))
+
+
+def _position(device):
+    """Physical place of a device: torus coordinates and core, or host and number."""
+    if hasattr(device, "coords"):
+        return (*device.coords, device.core_on_chip)
+    return (device.process_index, device.id)
+
+
+def annotate(x, name, mesh=None):
+    """x with the sharding of tensor `name`; one layer's slice lies like the whole stack."""
+    if mesh is None:
+        return x
+    spec = ACTIVATIONS[name] if name in ACTIVATIONS else PARAMETERS[name][2]
+    own = P(*spec[len(spec) - x.ndim :])
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, own))
+'''
+
+_ONE_STEP = '''
+def train_step(params, states, batch, mesh=None):
+    """One optimizer step: (params, states, batch) -> (loss, new params, new states)."""
+    loss, grads = jax.value_and_grad(loss_fn)(params, batch, mesh)
+    new = {name: update(name, p, grads[name], states[name]) for name, p in params.items()}
+    return loss, {n: p for n, (p, _) in new.items()}, {n: s for n, (_, s) in new.items()}
+'''
+
+_ACCUMULATED = '''
+def train_step(params, states, batch, mesh=None):
+    """One optimizer step over STEPS microbatches: -> (loss, new params, new states)."""
+
+    def microbatch(total, part):
+        result = jax.value_and_grad(loss_fn)(params, part, mesh)
+        return jax.tree.map(lambda t, r: t + r.astype(t.dtype) / STEPS, total, result), None
+
+    zeros = {
+        n: annotate(jnp.zeros(p.shape, jnp.float32), n, mesh) for n, p in params.items()
+    }
+    (loss, grads), _ = lax.scan(microbatch, (jnp.zeros((), jnp.float32), zeros), batch)
+    new = {name: update(name, p, grads[name], states[name]) for name, p in params.items()}
+    return loss, {n: p for n, (p, _) in new.items()}, {n: s for n, (_, s) in new.items()}
+'''
+
+_TAIL = '''
+def _is_row(value):
+    return isinstance(value, tuple) and not isinstance(value, P)
+
+
+def _map_rows(function, table):
+    return jax.tree.map(function, table, is_leaf=_is_row)
+
+
+def shardings(mesh):
+    """Shardings of (params, states, batch)."""
+    tables = (PARAMETERS, STATES, INPUTS)
+    return tuple(_map_rows(lambda row: NamedSharding(mesh, row[2]), t) for t in tables)
+
+
+def compiled_step(mesh):
+    """The jitted train step; parameters and states are donated."""
+    params, states, batch = shardings(mesh)
+    return jax.jit(
+        partial(train_step, mesh=mesh),
+        in_shardings=(params, states, batch),
+        out_shardings=(NamedSharding(mesh, P()), params, states),
+        donate_argnums=(0, 1),
+    )
+
+
+def shapes():
+    """Shapes and dtypes of (params, states, batch), for compiling ahead of time."""
+    tables = (PARAMETERS, STATES, INPUTS)
+    return tuple(_map_rows(lambda row: jax.ShapeDtypeStruct(*row[:2]), t) for t in tables)
+
+
+def initialise(key, mesh):
+    """Sharded parameters (normal, scaled by the root of the fan-in) and zero states."""
+
+    def parameters(key):
+        keys = jax.random.split(key, len(PARAMETERS))
+        scale = {n: max(row[0][-2] if len(row[0]) > 1 else 1, 1) ** -0.5
+                 for n, row in PARAMETERS.items()}
+        return {
+            name: (jax.random.normal(k, shape) * scale[name]).astype(dtype)
+            for k, (name, (shape, dtype, _)) in zip(keys, PARAMETERS.items())
+        }
+
+    def states():
+        return _map_rows(lambda row: jnp.zeros(*row[:2]), STATES)
+
+    where = shardings(mesh)
+    return (
+        jax.jit(parameters, out_shardings=where[0])(key),
+        jax.jit(states, out_shardings=where[1])(),
+    )
+
+
+def random_batch(key, mesh):
+    """Stand-in for your data: random ids and noise of the right shapes."""
+    where = shardings(mesh)[2]
+
+    def one(row):
+        shape, dtype, _ = row
+        if jnp.issubdtype(dtype, jnp.integer):
+            return jax.random.randint(key, shape, 0, 2, dtype)
+        return jax.random.normal(key, shape).astype(dtype)
+
+    return jax.jit(lambda: _map_rows(one, INPUTS), out_shardings=where)()
+
+
+if __name__ == "__main__":
+    mesh = make_mesh()
+    params, states = initialise(jax.random.key(0), mesh)
+    step = compiled_step(mesh)
+    for i in range(3):
+        loss, params, states = step(params, states, random_batch(jax.random.key(i), mesh))
+        print(f"step {i}: loss {loss:.4f}")
+'''

@@ -1,0 +1,178 @@
+"""plan.json: everything needed to lower and price a plan again, without the model file.
+
+It keeps the text of the model (and of a mesh file), the choice of every op and the spec of
+every home, and the figures that were predicted, for comparison with later plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from planner.annotations import Axes, as_lists
+from planner.errors import InputError
+from planner.export.annotationfile import StampDocument
+from planner.export.jsontext import checked, finite, pretty, read_json, read_text
+from planner.export.stamp import Stamp, signature
+from planner.plan import Plan, Proof
+from planner.sharding.choices import Choice
+from planner.sharding.spec import Spec
+from planner.source import Source
+
+FORMAT = "shardplan-plan"
+FILE_NAME = "plan.json"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class _Model(_Strict):
+    argument: str
+    file: str
+    text: str
+    overrides: tuple[str, ...]
+
+
+class _Mesh(_Strict):
+    argument: str
+    text: str | None
+
+
+class _Options(_Strict):
+    memory_bytes: int | None
+    headroom: float
+    seed: int
+
+
+class _Choice(_Strict):
+    split: tuple[tuple[str, ...], ...]
+    passed: tuple[tuple[int, tuple[str, ...]], ...] = ()
+
+
+class _Home(_Strict):
+    dims: tuple[tuple[str, ...], ...]
+    partial: tuple[str, ...] = ()
+
+
+class _Proof(_Strict):
+    status: str
+    objective_s: float | None
+    bound_s: float | None
+    gap: float | None
+
+
+class _Document(_Strict):
+    format: Literal["shardplan-plan"]
+    schema_version: Literal[1]
+    generator: str
+    made_for: StampDocument
+    model: _Model
+    mesh: _Mesh
+    options: _Options
+    constraints: dict[str, tuple[tuple[str, ...], ...]]
+    predicted: dict[str, Any]
+    proof: _Proof
+    choices: dict[str, _Choice]
+    homes: tuple[_Home, ...]
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """What plan.json says. `predicted` is the report's document without the annotations.
+
+    `memory_bytes` is None where the chip's own limit holds; `constraints` is the annotation
+    that the plan was made under.
+    """
+
+    file: str
+    stamp: Stamp
+    source: Source
+    mesh_argument: str
+    mesh_text: str | None
+    memory_bytes: int | None
+    headroom: float
+    seed: int
+    constraints: Mapping[str, Axes]
+    predicted: Mapping[str, Any]
+    plan: Plan
+
+
+def dump(stored: PlanFile) -> str:
+    source, proof = stored.source, stored.plan.proof
+    return pretty(
+        {
+            "format": FORMAT, "schema_version": 1, "generator": signature(),
+            "made_for": StampDocument.of(stored.stamp).model_dump(),
+            "model": {
+                "argument": source.argument, "file": source.file,
+                "overrides": list(source.overrides), "text": source.text,
+            },
+            "mesh": {"argument": stored.mesh_argument, "text": stored.mesh_text},
+            "options": {
+                "memory_bytes": stored.memory_bytes, "headroom": stored.headroom,
+                "seed": stored.seed,
+            },
+            "constraints": as_lists(stored.constraints),
+            "predicted": dict(stored.predicted),
+            "proof": {
+                "status": proof.status, "objective_s": finite(proof.objective_s),
+                "bound_s": finite(proof.bound_s), "gap": finite(proof.gap),
+            },
+            "choices": {name: _choice(c) for name, c in stored.plan.choices.items()},
+            "homes": [_home(spec) for spec in stored.plan.homes],
+        }
+    )  # fmt: skip
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    found: dict[str, Any] = {"split": [list(axes) for axes in choice.split]}
+    if choice.passed:
+        found["passed"] = [[group, list(axes)] for group, axes in choice.passed]
+    return found
+
+
+def _home(spec: Spec) -> dict[str, Any]:
+    found: dict[str, Any] = {"dims": [list(axes) for axes in spec.dims]}
+    if spec.partial:
+        found["partial"] = list(spec.partial)
+    return found
+
+
+def load(path: Path) -> PlanFile:
+    """The plan in a file, or in the plan.json of a folder. Raises InputError."""
+    path = path / FILE_NAME if path.is_dir() else path
+    value = read_json(read_text(path), str(path))
+    if not isinstance(value, dict) or value.get("format") != FORMAT:
+        raise InputError(f"{path} is no plan file", "`plan MODEL -o DIR` writes DIR/plan.json")
+    if value.get("schema_version") != 1:
+        raise InputError(f"{path}: schema_version {value.get('schema_version')!r} is not known",
+                         "it was written by another version of this program")  # fmt: skip
+    return _plan_file(checked(_Document, value, str(path)), str(path))
+
+
+def _plan_file(d: _Document, file: str) -> PlanFile:
+    stamp = d.made_for.stamp()
+    proof = Proof(
+        d.proof.status, _infinite(d.proof.objective_s), _infinite(d.proof.bound_s),
+        _infinite(d.proof.gap),
+    )  # fmt: skip
+    plan = Plan(
+        stamp.axes,
+        {name: Choice(c.split, c.passed) for name, c in d.choices.items()},
+        tuple(Spec(h.dims, h.partial) for h in d.homes),
+        proof,
+    )
+    source = Source(d.model.argument, d.model.file, d.model.text, d.model.overrides)
+    return PlanFile(
+        file, stamp, source, d.mesh.argument, d.mesh.text, d.options.memory_bytes,
+        d.options.headroom, d.options.seed, d.constraints, d.predicted, plan,
+    )  # fmt: skip
+
+
+def _infinite(number: float | None) -> float:
+    return float("inf") if number is None else number

@@ -1,0 +1,56 @@
+"""Where output goes: data to stdout, everything else to stderr, in the colours asked for."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console, RenderableType
+
+COLORS = ("auto", "always", "never")
+PIPED_WIDTH = 120  # columns where the output is no terminal
+
+
+@dataclass(frozen=True)
+class Screen:
+    """`quiet`: no progress and no remarks; data and errors stay."""
+
+    quiet: bool = False
+    color: str = "auto"
+
+    def show(self, what: RenderableType) -> None:
+        """Something to read on stdout. Text that comes from users is never taken for markup."""
+        _console(self.color, stderr=False).print(what, markup=False, highlight=False, emoji=False)
+
+    def data(self, text: str) -> None:
+        """Exact text on stdout."""
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+
+    def remark(self, text: str) -> None:
+        if not self.quiet:
+            print(text, file=sys.stderr)
+
+    @contextmanager
+    def progress(self) -> Iterator[Callable[[str], None] | None]:
+        """A function to tell what is going on; None where nobody watches."""
+        console = _console(self.color, stderr=True)
+        if self.quiet or not console.is_terminal:
+            yield None
+            return
+        with console.status("starting") as status:
+            yield lambda text: status.update(text.replace("[", "\\["))
+
+
+def _console(color: str, stderr: bool) -> Console:
+    """NO_COLOR is honoured unless colour is asked for."""
+    stream = sys.stderr if stderr else sys.stdout
+    terminal = stream.isatty()
+    wanted = color == "always" or (color == "auto" and terminal and not os.environ.get("NO_COLOR"))
+    return Console(
+        file=stream, force_terminal=terminal or color == "always", no_color=not wanted,
+        width=None if terminal else PIPED_WIDTH, color_system="auto" if wanted else None,
+        legacy_windows=False,
+    )  # fmt: skip

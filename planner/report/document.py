@@ -1,0 +1,105 @@
+"""The JSON document of a result: the keys that other programs rely on, always all of them.
+
+SI units, bytes, seconds, fractions; what is not known is null. Only `seconds` depends on the
+machine that planned.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from planner.annotations import as_lists, axes_by_name
+from planner.export.jsontext import finite
+from planner.report.traffic import traffic
+from planner.request import Planned
+from planner.result import Result
+
+SCHEMA_VERSION = 1
+
+
+def document(planned: Planned) -> dict[str, Any]:
+    result = planned.result
+    timing = result.timing
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "model": result.model.name,
+        "parameters": result.graph.parameter_count,
+        "mesh": _mesh(result),
+        "solver": _solver(result),
+        "step_time_s": timing.step_time_s,
+        "tokens_per_s": result.tokens_per_s,
+        "utilization": {"mfu": result.mfu, "hfu": result.hfu},
+        "flops_per_step": result.flops.model,
+        "memory": _memory(result),
+        "time": {
+            "compute_s": timing.compute_s,
+            "exposed_communication_s": timing.exposed_communication_s,
+            "bubble_s": timing.bubble_s,
+        },
+        "collectives": [
+            {
+                "kind": t.kind, "axes": list(t.axes), "bytes": t.bytes, "seconds": t.seconds,
+                "count": t.count, "tensor": t.tensor,
+            }
+            for t in traffic(result.program, result.mesh)
+        ],
+        "annotations": as_lists(axes_by_name(result)),
+        "assumed": [
+            {"key": a.key, "value": a.value, "low": a.low, "high": a.high, "why": a.why}
+            for a in result.model.assumed
+        ],
+        "notes": list(notes(planned)),
+        "explanation": list(planned.explanation),
+    }  # fmt: skip
+
+
+def as_json(value: Any) -> str:
+    """JSON for stdout."""
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def prediction(planned: Planned) -> dict[str, Any]:
+    """What a plan file remembers for later comparison: the figures, nothing of the machine."""
+    whole = document(planned)
+    kept = ("step_time_s", "tokens_per_s", "utilization", "flops_per_step", "memory", "time")
+    return {key: whole[key] for key in kept}
+
+
+def notes(planned: Planned) -> tuple[str, ...]:
+    """What a reader of the figures should know."""
+    result = planned.result
+    found = list(result.notes)
+    if planned.machine.automatic:
+        found.append(
+            f"no mesh shape was given: this is the best of {planned.shapes_tried} automatic ones"
+        )
+    published = result.model.published_parameters
+    if published is not None:
+        off = result.graph.parameter_count / published - 1
+        found.append(f"parameters: {off:+.1%} from the published {published / 1e9:g}e9")
+    return tuple(found)
+
+
+def _mesh(result: Result) -> dict[str, Any]:
+    mesh = result.mesh
+    return {
+        "name": mesh.topology.name, "chip": mesh.chip.name, "chips": mesh.topology.chips,
+        "devices": mesh.devices, "axes": dict(mesh.axes),
+    }  # fmt: skip
+
+
+def _solver(result: Result) -> dict[str, Any]:
+    proof = result.plan.proof
+    return {
+        "status": proof.status, "objective_s": finite(proof.objective_s),
+        "bound_s": finite(proof.bound_s), "gap": finite(proof.gap), "seconds": proof.seconds,
+    }  # fmt: skip
+
+
+def _memory(result: Result) -> dict[str, Any]:
+    parts = {f"{part}_bytes": size for part, size in result.memory.parts.items()}
+    return {
+        "limit_bytes": result.limit_bytes, "peak_bytes": result.memory.peak_bytes,
+        "fits": result.fits, "headroom": result.headroom, **parts,
+    }  # fmt: skip

@@ -1,0 +1,198 @@
+"""The report that people read: verdicts first, then why, then what to paste.
+
+From a planned result to rich renderables, top to bottom in the order of `report`. Figures come
+from the result; nothing is computed here but layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from planner.annotations import Annotated, annotated
+from planner.report import amounts
+from planner.report.document import notes
+from planner.report.traffic import traffic
+from planner.request import Planned, Sensitivity
+from planner.result import Result
+
+TOP_COLLECTIVES = 8
+MAIN_ACTIVATIONS = 12
+LARGEST_TENSORS = 8
+
+
+def report(
+    planned: Planned, command: str | None, sensitivity: Sequence[Sensitivity] = ()
+) -> Group:
+    """The whole report. `command`: what writes this plan's files, None once they are written."""
+    return Group(*_parts(planned, command, sensitivity))
+
+
+def _parts(
+    planned: Planned, command: str | None, sensitivity: Sequence[Sensitivity]
+) -> Iterator[RenderableType]:
+    result = planned.result
+    yield Text(result.mesh.describe())
+    yield Text(_about(result))
+    yield Text()
+    yield from _verdict(planned)
+    yield Text()
+    yield _memory(result)
+    yield Text()
+    yield _time(result)
+    yield Text()
+    yield from _shardings(result)
+    yield Text()
+    yield _collectives(result)
+    if result.model.assumed:
+        yield Text()
+        yield _assumed(result, sensitivity)
+    for note in notes(planned):
+        yield Text(f"note: {note}")
+    if command is not None:
+        yield Text()
+        yield Text(f"write plan.json, annotations.py and annotations.json:\n  {command}")
+
+
+def _about(result: Result) -> str:
+    training = result.model.training
+    words = [
+        f"{result.model.name}: {amounts.count(result.graph.parameter_count)} parameters",
+        f"batch {training.batch}", training.optimizer, training.compute, f"remat {training.remat}",
+    ]  # fmt: skip
+    if training.accumulation_steps > 1:
+        words.append(f"{training.accumulation_steps} accumulation steps")
+    return ", ".join(words)
+
+
+def _verdict(planned: Planned) -> Iterator[Text]:
+    result, memory = planned.result, planned.result.memory
+    mark = Text("fits", "bold green") if result.fits else Text("DOES NOT FIT", "bold red")
+    mark.append(
+        f": {amounts.size(memory.peak_bytes)} of {amounts.size(result.limit_bytes)} per device at "
+        f"the peak, {amounts.share(result.headroom)} headroom asked for",
+        "default",
+    )
+    yield mark
+    for line in planned.explanation:
+        yield Text(f"  {line}")
+    if not result.fits:
+        yield Text("  largest tensors at the peak:")
+        for tensor, category, size in memory.largest[:LARGEST_TENSORS]:
+            yield Text(f"    {amounts.size(size):>11}  {tensor} ({category.replace('_', ' ')})")
+    yield Text(
+        f"step {amounts.seconds(result.timing.step_time_s)}, "
+        f"{amounts.count(result.tokens_per_s)} tokens/s; "
+        f"utilization: MFU {amounts.share(result.mfu)}, HFU {amounts.share(result.hfu)}"
+    )
+    yield Text(_proof(result))
+
+
+def _proof(result: Result) -> str:
+    proof = result.plan.proof
+    text = f"solver: {proof.status}, objective {amounts.seconds(proof.objective_s)}"
+    if proof.bound_s < float("inf"):
+        text += f", bound {amounts.seconds(proof.bound_s)}"
+    if proof.gap < float("inf"):
+        text += f", gap {amounts.share(proof.gap)}"
+    return text
+
+
+def _table(*columns: str, right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True,
+                  header_style="bold")  # fmt: skip
+    for name in columns:
+        table.add_column(
+            Text(name), justify="right" if name in right else "left", no_wrap=True,
+            overflow="fold",
+        )  # fmt: skip
+    return table
+
+
+def _memory(result: Result) -> Table:
+    table = _table("memory", "per device", "share", right=("per device", "share"))
+    peak = result.memory.peak_bytes
+    for part, size in result.memory.parts.items():
+        share = amounts.share(size / peak) if peak else ""
+        table.add_row(part.replace("_", " "), amounts.size(size), share)
+    table.add_row("peak", amounts.size(peak), "", style="bold")
+    return table
+
+
+def _time(result: Result) -> Table:
+    timing = result.timing
+    table = _table("time", "per step", "share", right=("per step", "share"))
+    for name, part in (
+        ("compute", timing.compute_s),
+        ("exposed communication", timing.exposed_communication_s),
+        ("bubble", timing.bubble_s),
+    ):
+        table.add_row(name, amounts.seconds(part), amounts.share(part / timing.step_time_s))
+    table.add_row("step", amounts.seconds(timing.step_time_s), "", style="bold")
+    return table
+
+
+def _shardings(result: Result) -> Iterator[RenderableType]:
+    tensors = annotated(result)
+    parameters = [a for a in tensors if a.role in ("parameter", "input")]
+    yield _sharding_table("parameters and inputs", parameters)
+    activations = [a for a in tensors if a.role not in ("parameter", "input")]
+    if activations:
+        largest = sorted(activations, key=lambda a: -_elements(a))[:MAIN_ACTIVATIONS]
+        yield Text()
+        left = len(activations) - len(largest)
+        title = "largest activations" if left else "activations"
+        yield _sharding_table(title, [a for a in activations if a in largest])
+        if left:
+            yield Text(f"and {left} more in annotations.json")
+
+
+def _elements(a: Annotated) -> int:
+    total = 1
+    for n in a.shape:
+        total *= n
+    return total
+
+
+def _sharding_table(title: str, tensors: Sequence[Annotated]) -> Table:
+    table = _table(title, "sharding", "shape")
+    for a in tensors:
+        stacked = f"{'×'.join(map(str, a.stacked))} × " if a.stacked else ""
+        shape = ", ".join(f"{d} {n}" for d, n in zip(a.dims, a.shape, strict=True))
+        table.add_row(Text(a.name), Text(axes_text(a)), Text(f"{stacked}[{shape}]"))
+    return table
+
+
+def axes_text(a: Annotated) -> str:
+    """`[x+y, ·]`: the axes of every dimension."""
+    return f"[{', '.join('+'.join(d) if d else '·' for d in a.axes)}]"
+
+
+def _collectives(result: Result) -> Table:
+    rows = traffic(result.program, result.mesh)
+    title = "collectives" if len(rows) <= TOP_COLLECTIVES else f"top {TOP_COLLECTIVES} collectives"
+    table = _table(title, "axes", "payload", "times", "each", "total", "tensor",
+                   right=("payload", "times", "each", "total"))  # fmt: skip
+    for t in rows[:TOP_COLLECTIVES]:
+        table.add_row(
+            t.kind, "+".join(t.axes), amounts.size(t.bytes), str(t.count),
+            amounts.seconds(t.seconds), amounts.seconds(t.total_s), Text(t.tensor),
+        )  # fmt: skip
+    return table
+
+
+def _assumed(result: Result, sensitivity: Sequence[Sensitivity]) -> Table:
+    ends = {s.key: s for s in sensitivity}
+    table = _table("assumed", "value", "range", "HFU at the ends", "why")
+    for a in result.model.assumed:
+        found = ends.get(a.key)
+        hfu = f"{_hfu(found.low_hfu)} … {_hfu(found.high_hfu)}" if found else ""
+        table.add_row(Text(a.key), str(a.value), f"{a.low} … {a.high}", hfu, Text(a.why))
+    return table
+
+
+def _hfu(value: float | None) -> str:
+    return "no plan" if value is None else amounts.share(value)

@@ -1,0 +1,237 @@
+"""A user's request carried out: find the model, place it, plan it or price what is given.
+
+Joins the front ends with the planner; knows neither the options of a command line nor how
+results are shown. `Planned` is what reports and exporters get.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import meshes
+from meshes import LogicalMesh
+from meshes.resolve import from_text
+from planner.errors import InputError
+from planner.export.annotationfile import AnnotationFile
+from planner.export.planfile import PlanFile
+from planner.export.stamp import Stale, Stamp
+from planner.model import Model
+from planner.pins import Annotation, PinError
+from planner.placing import Machine, place
+from planner.planning import (
+    Infeasible,
+    Options,
+    Progress,
+    Unsolved,
+    plan_model,
+    price_annotations,
+    reprice,
+)
+from planner.result import Result
+from planner.source import Source
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to plan: a model, the mesh to use instead of the model file's, and how."""
+
+    source: Source
+    mesh: str | None = None
+    shape: str | None = None
+    options: Options = field(default_factory=Options)
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A result and where its model and mesh came from.
+
+    `annotation` is what the plan was made under: the model's constraints, or given pins.
+    `explanation` says why nothing fits; empty if something does or nothing had to.
+    """
+
+    source: Source
+    machine: Machine
+    result: Result
+    options: Options
+    annotation: Annotation
+    explanation: tuple[str, ...] = ()
+    shapes_tried: int = 1
+
+    @property
+    def stamp(self) -> Stamp:
+        return Stamp.of(self.result.model, self.result.mesh)
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What an assumed parameter means: hardware utilization at both ends of its range, None
+    where that end has no plan."""
+
+    key: str
+    low_hfu: float | None
+    high_hfu: float | None
+
+
+def plan(request: Request, progress: Progress | None = None) -> Planned:
+    """The fastest plan over the candidate shapes; if none fits, the one of least memory."""
+    model = request.source.load()
+    machine = place(model, request.mesh, request.shape, request.source.folder)
+    candidates = machine.meshes()
+    several = len(candidates) > 1
+    found = [
+        _plan_one(request, model, machine, mesh, _prefixed(progress, mesh) if several else progress)
+        for mesh in candidates
+    ]
+    fitting = [p for p in found if not p.explanation]
+    if fitting:
+        best = min(fitting, key=lambda p: p.result.timing.step_time_s)
+    else:
+        best = min(found, key=lambda p: p.result.memory.peak_bytes)
+    return replace(best, shapes_tried=len(candidates))
+
+
+def _plan_one(
+    request: Request, model: Model, machine: Machine, mesh: LogicalMesh, say: Progress | None
+) -> Planned:
+    options = request.options
+    explanation: tuple[str, ...] = ()
+    try:
+        result = plan_model(model, mesh, options, say)
+    except Infeasible as error:
+        result, explanation = error.result, error.explanation
+    except PinError as error:
+        raise InputError(f"{request.source.file}: constraint {error}") from None
+    return Planned(request.source, machine, result, options, model.constraints, explanation)
+
+
+def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
+    """Plans both ends of the range of every assumed parameter, on the mesh of `planned`."""
+    shape = planned.stamp.shape_text
+    found = []
+    for assumed in planned.result.model.assumed:
+        low, high = (
+            _hfu_with(replace(request, shape=shape), f"{assumed.key}={end}")
+            for end in (assumed.low, assumed.high)
+        )
+        found.append(Sensitivity(assumed.key, low, high))
+    return found
+
+
+def _hfu_with(request: Request, override: str) -> float | None:
+    source = replace(request.source, overrides=(*request.source.overrides, override))
+    try:
+        planned = plan(replace(request, source=source))
+    except (ValueError, Unsolved):  # an end of the range may be no model, or have no plan
+        return None
+    return planned.result.hfu if planned.result.fits else None
+
+
+def _prefixed(progress: Progress | None, mesh: LogicalMesh) -> Progress | None:
+    if progress is None:
+        return None
+    shape = ",".join(f"{name}={size}" for name, size in mesh.axes)
+    return lambda text: progress(f"{shape}: {text}")
+
+
+def price_plan(request: Request, stored: PlanFile) -> Planned:
+    """A stored plan, lowered and priced for the request's model and mesh; nothing is solved.
+
+    Raises Stale if it was made for another model or mesh.
+    """
+    model = request.source.load()
+    machine, mesh = _stored_mesh(request, model, stored)
+    _check_fresh(stored.file, stored.stamp, model, mesh, request)
+    result = _reprice(model, mesh, stored, request.options)
+    return Planned(request.source, machine, result, request.options, stored.constraints)
+
+
+def read_plan(stored: PlanFile) -> Planned:
+    """A stored plan with the model and mesh that it holds itself."""
+    options = Options(stored.memory_bytes, stored.headroom, seed=stored.seed)
+    model = stored.source.load()
+    topology = (
+        meshes.resolve(stored.mesh_argument)
+        if stored.mesh_text is None
+        else from_text(stored.mesh_text, stored.mesh_argument)
+    )
+    shape = stored.stamp.shape
+    machine = Machine(stored.mesh_argument, topology, (shape,), False, stored.mesh_text)
+    mesh = machine.meshes()[0]
+    _check_fresh(stored.file, stored.stamp, model, mesh, Request(stored.source))
+    result = _reprice(model, mesh, stored, options)
+    return Planned(stored.source, machine, result, options, stored.constraints)
+
+
+def price_annotated(request: Request, given: AnnotationFile) -> Planned:
+    """Given annotations, completed and priced."""
+    model = request.source.load()
+    shape = request.shape or (given.stamp.shape_text if given.stamp else None)
+    machine = place(model, request.mesh, shape, request.source.folder)
+    if machine.automatic:
+        raise InputError(f"{given.file} says nothing of the mesh", "give its --shape")
+    mesh = machine.meshes()[0]
+    if given.stamp is not None:
+        _check_fresh(given.file, given.stamp, model, mesh, request)
+    try:
+        result = price_annotations(model, mesh, given.annotations, request.options)
+    except PinError as error:
+        raise InputError(f"{given.file}: {error}") from None
+    return Planned(request.source, machine, result, request.options, given.annotations)
+
+
+def _reprice(model: Model, mesh: LogicalMesh, stored: PlanFile, options: Options) -> Result:
+    try:
+        return reprice(model, mesh, stored.plan, stored.constraints, options)
+    except ValueError as error:
+        raise InputError(f"{stored.file}: {error}", "plan the model again") from None
+
+
+def _stored_mesh(
+    request: Request, model: Model, stored: PlanFile
+) -> tuple[Machine, LogicalMesh]:
+    """The request's or the model's mesh; without any, the one that the plan holds."""
+    shape = request.shape or stored.stamp.shape_text
+    if request.mesh is None and model.mesh is None and stored.mesh_text is None:
+        request = replace(request, mesh=stored.mesh_argument)
+    machine = place(model, request.mesh, shape, request.source.folder)
+    return machine, machine.meshes()[0]
+
+
+def _check_fresh(
+    file: str, stamp: Stamp, model: Model, mesh: LogicalMesh, request: Request
+) -> None:
+    reasons = stamp.differences(Stamp.of(model, mesh))
+    if reasons:
+        raise Stale(file, reasons, refresh_command(request, file))
+
+
+def refresh_command(request: Request, file: str) -> str:
+    """The command that writes `file` and its siblings anew."""
+    return write_command(request, str(Path(file).parent))
+
+
+def write_command(request: Request, folder: str) -> str:
+    """The command that plans the request and writes the files to `folder`."""
+    words = [f"plan {request.source.arguments()}"]
+    for option, value in _given(request):
+        words += [option, shlex.quote(value)]
+    return " ".join([*words, "-o", shlex.quote(folder)])
+
+
+def _given(request: Request) -> Iterator[tuple[str, str]]:
+    """The options that change what is planned."""
+    options, default = request.options, Options()
+    for name, value in (("--mesh", request.mesh), ("--shape", request.shape)):
+        if value:
+            yield name, value
+    if options.memory_bytes is not None:
+        yield "--memory", str(options.memory_bytes)
+    if options.headroom != default.headroom:
+        yield "--headroom", f"{options.headroom:g}"
+    if options.time_limit_s is not None:
+        yield "--time-limit", f"{options.time_limit_s:g}s"
+    if options.seed != default.seed:
+        yield "--seed", str(options.seed)

@@ -1,0 +1,24 @@
+"""Model files of published models: `names()` lists them, `text(name)` is a file's content.
+
+The files lie beside this module; each names its sources, and marks as assumed what they leave
+open.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+
+_SUFFIX = ".yaml"
+
+
+def names() -> tuple[str, ...]:
+    """Names of all models, sorted."""
+    found = (entry.name for entry in files(__name__).iterdir())
+    return tuple(sorted(n.removesuffix(_SUFFIX) for n in found if n.endswith(_SUFFIX)))
+
+
+def text(name: str) -> str:
+    """The model file called `name`; KeyError if there is none."""
+    if name not in names():
+        raise KeyError(name)
+    return (files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
