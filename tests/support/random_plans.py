@@ -88,10 +88,8 @@ class PlanDrawer:
 
 
 def possible(source: Spec, target: Spec, reduce: str) -> bool:
-    """Whether arrays in `source` can be brought into `target`: a shard cannot become an
-    unreduced sum, and neither can an unreduced maximum."""
-    if set(source.axes) & set(target.partial):
-        return False
+    """Whether arrays in `source` can be brought into `target`: not if an unreduced maximum
+    would have to be an unreduced sum."""
     return reduce == "sum" or not set(source.partial) & set(target.partial)
 
 
