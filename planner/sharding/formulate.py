@@ -94,12 +94,10 @@ class Space:
             self.specs[home.id] = home_specs(home, self.sizes)
             self._costs[key] = np.zeros(len(self.specs[home.id]))
 
-    def key(self, place: Place) -> Key | None:
-        """The node that decides the spec at `place`; None where it is fixed."""
+    def key(self, place: Place) -> Key:
+        """The node that decides the spec at `place`."""
         if place.kind == "home":
             return ("home", place.home)
-        if place.kind == "fixed":
-            return None
         op = self.flow.sites[place.op].op
         return ("op", op.origin or op.name)
 
@@ -113,8 +111,6 @@ class Space:
         return self._rows[place]
 
     def _each(self, place: Place) -> list[Spec]:
-        if place.kind == "fixed":
-            return [place.spec] if place.spec is not None else []
         if place.kind == "home":
             return [Spec(s.dims[place.lead :], s.partial) for s in self.specs[place.home]]
         op = self.flow.sites[place.op].op
@@ -181,12 +177,8 @@ class Space:
         left, right = self.key(c.source), self.key(c.target)
         rows = self.rows(c.source)[1]
         columns = self.rows(c.target)[1]
-        if left is None or right is None or left == right:
-            full = m[rows][:, columns]
-            if left == right:
-                costs[self.number[left]] += np.diagonal(full) if left is not None else 0.0
-            elif right is None and left is not None:
-                costs[self.number[left]] += full[:, 0]
+        if left == right:
+            costs[self.number[left]] += np.diagonal(m[rows][:, columns])
             return
         _add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
 
@@ -236,8 +228,6 @@ class Space:
         node = len(costs)
         costs.append(by_spec[pairs[:, 0], pairs[:, 1]])
         for key, own, which in ((self.key(c.source), rows, 0), (self.key(c.target), columns, 1)):
-            if key is None:
-                continue
             allowed = np.where(own[:, None] == pairs[None, :, which], 0.0, np.inf)
             _add_edge(merged, self.number[key], node, allowed)
         at_step, held = self._pair_bytes(c, [sources[i] for i in pairs[:, 0]],
