@@ -199,9 +199,10 @@ def make_mesh(devices=None):
 
 def _position(device):
     """Physical place of a device: torus coordinates and core, or host and number."""
-    if hasattr(device, "coords"):
-        return (*device.coords, device.core_on_chip)
-    return (device.process_index, device.id)
+    core = getattr(device, "core_on_chip", None)
+    if core is None:
+        return (device.process_index, device.id)
+    return (*device.coords, core)
 
 
 def annotate(x, name, mesh=None):
