@@ -10,7 +10,7 @@ compiler in a process of its own, `hlo` and `hlo_reading` read what came out, `c
 from __future__ import annotations
 
 from planner.export.jax_ops import ExportError
-from planner.export.jax_program import jax_program
+from planner.export.jax_program import result_program
 from planner.result import Result
 from planner.verify.compare import Thresholds, Verification, compare
 from planner.verify.compile import DEFAULT_TIMEOUT_S, Compiled, compile_program
@@ -45,8 +45,8 @@ def compile_result(
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Compiled:  # fmt: skip
     """Only the compiler's word, for memory verdicts."""
-    source = jax_program(result.model, result.mesh, result.specs)
-    return compile_program(source, result.mesh, backend or backend_of(result.mesh), python, timeout_s)
+    goal = backend or backend_of(result.mesh)
+    return compile_program(result_program(result), result.mesh, goal, python, timeout_s)
 
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""A small model for the compilers: gated-free MLP layers in a loop, embedding-free, known FLOPs."""
+"""A small model for the compilers: MLP layers in a loop, whose FLOPs are known by hand."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ LAYERS, BATCH, WIDTH, HIDDEN = 3, 512, 1024, 2048
 FLOPS = LAYERS * 7 * 2 * BATCH * WIDTH * HIDDEN
 
 
-def mlp(remat: str = "full") -> Model:
+def mlp(scale: int = 1) -> Model:
+    """`scale` multiplies every size (FLOPs: to the third power)."""
+    batch, width, hidden = BATCH * scale, WIDTH * scale, HIDDEN * scale
     b = Builder()
-    x = b.input("x", (BATCH, WIDTH), ("B", "D"), "bf16")
+    x = b.input("x", (batch, width), ("B", "D"), "bf16")
     r = b.repeat("layers", LAYERS)
     entry = r.enter(x)
-    w_in = r.param("w_in", (WIDTH, HIDDEN), ("D", "F"))
-    w_out = r.param("w_out", (HIDDEN, WIDTH), ("F", "D"))
+    w_in = r.param("w_in", (width, hidden), ("D", "F"))
+    w_out = r.param("w_out", (hidden, width), ("F", "D"))
     h = r.pointwise("act", ("tanh", ex.x(0)), r.einsum("B D, D F -> B F", entry, w_in, name="h"))
     y = r.einsum("B F, F D -> B D", h, w_out, name="y")
     (out,) = r.end_repeat([(x, entry, r.pointwise("x", ex.add(ex.x(0), ex.x(1)), entry, y))])
-    value = ex.div(ex.square(ex.x(0)), ex.c(BATCH * WIDTH))
+    value = ex.div(ex.square(ex.x(0)), ex.c(batch * width))
     loss = b.map("loss", [(out, ("B", "D"))], (), value, dtype="f32")
-    return Model("mlp", b.graph([loss]), Training(BATCH, "momentum", remat=remat), BATCH)
+    return Model("mlp", b.graph([loss]), Training(batch, "momentum"), batch)
 
 
 def mesh(topology: str) -> meshes.LogicalMesh:
