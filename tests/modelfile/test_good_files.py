@@ -133,16 +133,23 @@ def test_mesh_file_beside_the_model_file(tmp_path: Path) -> None:
     (tmp_path / "pod.yaml").write_text("base: tpu-v4:2x2x1\nchip: {usable_bytes: 20GiB}\n")
     source = "mesh: pod.yaml\n" + _without_mesh((HERE / "smallest.yaml").read_text())
     (tmp_path / "m.yaml").write_text(source)
-    assert load_file(tmp_path / "m.yaml").mesh == str(tmp_path / "pod.yaml")
+    assert load_file(tmp_path / "m.yaml").mesh == "pod.yaml"
     (tmp_path / "pod.yaml").write_text("base: tpu-v4:2x2x1\nchip: {usable: 20GiB}\n")
     with pytest.raises(ModelErrors) as error:
         load_file(tmp_path / "m.yaml")
     (d,) = error.value.diagnostics
     assert (d.file, d.line, d.column) == (str(tmp_path / "pod.yaml"), 2, 8)
+    (tmp_path / "pod.yaml").unlink()  # whoever lays the mesh out needs it, the model does not
+    assert load_file(tmp_path / "m.yaml").mesh == "pod.yaml"
 
 
 def _without_mesh(source: str) -> str:
     return "".join(line for line in source.splitlines(True) if not line.startswith("mesh"))
+
+
+def test_standard_input_has_no_name() -> None:
+    source = (HERE / "smallest.yaml").read_text(encoding="utf-8")
+    assert {load_model(source, file).name for file in ("-", "<stdin>", "model.yaml")} == {"model"}
 
 
 # ---- numbers --------------------------------------------------------------------------------
