@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.collectives import collective_seconds
-from costmodels.pricing import kernel_seconds
+from costmodels.pricing import many_kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner.sharding.choices import Choice, OpChoices
@@ -80,12 +80,10 @@ class Space:
                 self.keys.append(key)
                 self.choices[name] = OpChoices(op, self.mesh.axes).choices
                 self._costs[key] = np.zeros(len(self.choices[name]))
-            kernels = (
+            kernels = [
                 lower_op(op, choice, self.tensors, self.sizes) for choice in self.choices[name]
-            )
-            self._costs[key] += site.times * np.array(
-                [kernel_seconds(self.mesh.chip, k) for k in kernels]
-            )
+            ]
+            self._costs[key] += site.times * many_kernel_seconds(self.mesh.chip, kernels)
 
     def _home_nodes(self) -> None:
         for home in self.flow.homes:
