@@ -244,7 +244,8 @@ def _ordered_specs(rank: int, sizes: Sizes) -> Iterator[Spec]:
         places = [(*p, d) for p in places for d in range(-2, rank)]
     for place in places:
         partial = tuple(a for a, d in zip(axes, place, strict=True) if d == -1)
-        grouped = [tuple(a for a, d in zip(axes, place, strict=True) if d == k) for k in range(rank)]
+        at = list(zip(axes, place, strict=True))
+        grouped = [tuple(a for a, d in at if d == k) for k in range(rank)]
         partly: list[tuple[tuple[str, ...], ...]] = [()]
         for group in grouped:
             partly = [(*dims, order) for dims in partly for order in permutations(group)]

@@ -14,7 +14,11 @@ from planner.sharding.choices import OpChoices
 from planner.sharding.spec import Spec
 
 STEPS = steps()
-MESHES = {"8": (("d", 8),), "4x2": (("model", 4), ("data", 2)), "b,a,c": (("b", 2), ("a", 2), ("c", 2))}
+MESHES = {
+    "8": (("d", 8),),
+    "4x2": (("model", 4), ("data", 2)),
+    "b,a,c": (("b", 2), ("a", 2), ("c", 2)),
+}
 
 
 @cache
