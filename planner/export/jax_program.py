@@ -14,19 +14,28 @@ from planner.export.jax_expr import JNP_DTYPES
 from planner.export.jax_loss import LossWriter, saved_names, wrapped
 from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
+from planner.export.placement import Placement, placement
 from planner.graph.core import Graph, Tensor
 from planner.model import Model, Training
+from planner.result import Result
 from planner.sharding.spec import Spec, replicated
 
 
-def jax_program(model: Model, mesh: LogicalMesh, specs: Mapping[str, Spec]) -> str:
-    """Source of the program. `specs`: parameters, states, inputs and any activations; tensors
-    without one are replicated (arguments) or left to the compiler (activations)."""
+def result_program(result: Result) -> str:
+    """Source of the program that follows a plan."""
+    return jax_program(result.model, result.mesh, placement(result))
+
+
+def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
+    """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
+    to the compiler (activations)."""
     if model.training.pipeline_microbatches > 1:
         raise ExportError("pipelined training steps cannot be written as a JAX program yet")
     graph, training = model.graph, model.training
-    tables = _Tables(graph, training, specs)
-    writer = LossWriter(graph, training.remat, set(tables.activations) | set(tables.parameters))
+    tables = _Tables(graph, training, place)
+    uses = {use: partition(spec) for use, spec in place.uses.items()}
+    annotated = {*tables.activations, *tables.parameters}
+    writer = LossWriter(graph, training.remat, annotated, uses)
     body = writer.lines()
     parts = [
         _header(model, mesh),
@@ -84,11 +93,12 @@ def _mesh_source(mesh: LogicalMesh) -> list[str]:
 class _Tables:
     """Shapes, dtypes and specs of the arguments, and specs of annotated activations."""
 
-    def __init__(self, graph: Graph, training: Training, specs: Mapping[str, Spec]) -> None:
-        self.graph, self.training, self.specs = graph, training, specs
+    def __init__(self, graph: Graph, training: Training, place: Placement) -> None:
+        self.graph, self.training, self.specs = graph, training, place.tensors
         self.parameters = {p.name: p for p in graph.parameters()}
         self.states = states_of(graph, training)
         self.activations = self._annotated()
+        self.cotangents = {n: s for n, s in place.cotangents.items() if n in self.activations}
 
     def _annotated(self) -> dict[str, Spec]:
         """Activations with a spec; unreduced ones have no sharding that JAX can name."""
@@ -113,6 +123,9 @@ class _Tables:
             "",
             "# Shardings of activations, by name; remove a line to leave one to the compiler.",
             *_table("ACTIVATIONS", {n: partition(s) for n, s in self.activations.items()}),
+            "",
+            "# Shardings of their gradients, where they are others.",
+            *_table("GRADIENTS", {n: partition(s) for n, s in self.cotangents.items()}),
         ]
 
     def _inputs(self) -> dict[str, Tensor]:
@@ -199,18 +212,42 @@ def make_mesh(devices=None):
 
 def _position(device):
     """Physical place of a device: torus coordinates and core, or host and number."""
-    if hasattr(device, "coords"):
-        return (*device.coords, device.core_on_chip)
-    return (device.process_index, device.id)
+    core = getattr(device, "core_on_chip", None)
+    if core is None:
+        return (device.process_index, device.id)
+    return (*device.coords, core)
 
 
-def annotate(x, name, mesh=None):
-    """x with the sharding of tensor `name`; one layer's slice lies like the whole stack."""
+def annotate(x, where, mesh=None):
+    """x sharded like tensor `where` (a name), or a copy of it sharded as `where` says (a P).
+
+    One layer's slice lies like the whole stack. Gradients of copies are left to the compiler.
+    """
     if mesh is None:
         return x
-    spec = ACTIVATIONS[name] if name in ACTIVATIONS else PARAMETERS[name][2]
-    own = P(*spec[len(spec) - x.ndim :])
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, own))
+    if isinstance(where, P):
+        return _placed(x, NamedSharding(mesh, where), None)
+    spec = ACTIVATIONS[where] if where in ACTIVATIONS else PARAMETERS[where][2]
+    own = NamedSharding(mesh, P(*spec[len(spec) - x.ndim :]))
+    return _placed(x, own, NamedSharding(mesh, GRADIENTS[where]) if where in GRADIENTS else own)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _placed(x, sharding, gradient_sharding):
+    return lax.with_sharding_constraint(x, sharding)
+
+
+def _placed_forward(x, sharding, gradient_sharding):
+    return _placed(x, sharding, gradient_sharding), None
+
+
+def _placed_backward(sharding, gradient_sharding, _, g):
+    if gradient_sharding is not None:
+        g = lax.with_sharding_constraint(g, gradient_sharding)
+    return (g,)
+
+
+_placed.defvjp(_placed_forward, _placed_backward)
 '''
 
 _ONE_STEP = '''

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -44,6 +43,7 @@ class Executed:
     name: str
     op_name: str = ""
     asynchronous: bool = False
+    window: str = ""  # the collective whose place a windowed einsum's permutes take
 
     @property
     def phase(self) -> str:
@@ -66,8 +66,7 @@ class Reading:
 
     def add(self, other: Reading, times: int) -> None:
         self.collectives += [
-            Executed(c.kind, c.axes, c.bytes, c.count * times, c.name, c.op_name, c.asynchronous)
-            for c in other.collectives
+            replace(c, count=c.count * times) for c in other.collectives
         ]
         self.flops += other.flops * times
         self.cycles += other.cycles * times
@@ -139,9 +138,8 @@ class _Reader:
         scatter = called.startswith(FUSED_SCATTER)
         for c in inside.collectives:
             kind = "reduce-scatter" if scatter and c.kind == "all-reduce" else c.kind
-            op_name = c.op_name or i.op_name
             found.collectives.append(
-                Executed(kind, c.axes, c.bytes, c.count, i.name, op_name, c.asynchronous)
+                replace(c, kind=kind, name=i.name, op_name=c.op_name or i.op_name)
             )
         return found
 
@@ -162,7 +160,7 @@ class _Reader:
         found = Reading(cycles=float(i.estimated_cycles))
         asynchronous = i.opcode.endswith("-start")
         found.collectives.append(
-            Executed(kind, axes, total, 1, i.name, i.op_name, asynchronous)
+            Executed(kind, axes, total, 1, i.name, i.op_name, asynchronous, _window_of(scope))
         )
         return found
 
@@ -204,6 +202,12 @@ class _Reader:
         if i.opcode == "custom-call":
             return _library_flops(scope, i)
         return 0.0
+
+
+def _window_of(scope: Computation) -> str:
+    """What the loop of a windowed einsum stands for, from the name XLA gives its body."""
+    found = re.search(r"windowed_dot_general_body_(ag|rs)", scope.name)
+    return {"ag": "all-gather", "rs": "reduce-scatter"}[found[1]] if found else ""
 
 
 def _phase(i: Instruction) -> str:

@@ -13,6 +13,7 @@ import pytest
 
 import meshes
 from planner.export.jax_program import jax_program
+from planner.export.placement import Placement
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
@@ -73,7 +74,7 @@ def check_gradients(model: Model, specs: dict[str, Spec] | None = None, mesh: An
     step = training_step(replace(model, training=replace(model.training, optimizer="sgd")))
     inputs = reference.random_inputs(step)
     expected = reference.evaluate(step, inputs)
-    module = load(jax_program(model, MESH, specs or {}))
+    module = load(jax_program(model, MESH, Placement(specs or {})))
     params, _, batch = arrays(module, inputs)
     loss, grads = jax.jit(
         lambda p, b: jax.value_and_grad(module.loss_fn)(p, b, mesh)
