@@ -42,8 +42,8 @@ def many_kernel_seconds(chip: Chip, kernels: Sequence[Kernel]) -> NDArray[np.flo
         elif kernel.bytes:
             streams.append(i)
     for dtype, rows in matmuls.items():
-        sizes = np.array([kernels[i].matmul for i in rows], dtype=float).T
-        seconds[rows] = matmul_seconds(chip, *sizes, dtype)
+        batch, m, n, k = np.array([kernels[i].matmul for i in rows], dtype=float).T
+        seconds[rows] = matmul_seconds(chip, batch, m, n, k, dtype)
     if streams:
         moved = np.array([kernels[i].bytes for i in streams])
         seconds[streams] = stream_seconds(

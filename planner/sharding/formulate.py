@@ -28,6 +28,7 @@ from costmodels.collectives import collective_seconds
 from costmodels.pricing import many_kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
+from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
@@ -59,9 +60,7 @@ class Space:
     def __post_init__(self) -> None:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
-        self.resharder = Resharder(
-            self.sizes, lambda kind, axes, size: collective_seconds(self.mesh, kind, axes, size)
-        )
+        self.resharder = mesh_resharder(self.mesh)
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
         self._op_nodes()
@@ -80,10 +79,9 @@ class Space:
                 self.keys.append(key)
                 self.choices[name] = OpChoices(op, self.mesh.axes).choices
                 self._costs[key] = np.zeros(len(self.choices[name]))
-            kernels = [
-                lower_op(op, choice, self.tensors, self.sizes) for choice in self.choices[name]
-            ]
-            self._costs[key] += site.times * many_kernel_seconds(self.mesh.chip, kernels)
+            self._costs[key] += site.times * choice_seconds(
+                op, self.choices[name], self.tensors, self.mesh
+            )
 
     def _home_nodes(self) -> None:
         for home in self.flow.homes:
@@ -263,6 +261,31 @@ class Space:
             self.specs[h.id][strategy[self.number["home", h.id]]] for h in self.flow.homes
         )
         return Plan(self.mesh.axes, choices, homes, proof)
+
+
+def mesh_resharder(mesh: LogicalMesh) -> Resharder:
+    """Reshardings priced on the links of `mesh`."""
+    return Resharder(
+        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size)
+    )
+
+
+def choice_seconds(
+    op: Op, choices: Sequence[Choice], tensors: Mapping[str, Tensor], mesh: LogicalMesh
+) -> Array:
+    """Seconds of one execution of `op` under each choice."""
+    sizes = dict(mesh.axes)
+    return many_kernel_seconds(mesh.chip, [lower_op(op, c, tensors, sizes) for c in choices])
+
+
+def least_compute(flow: Flow, mesh: LogicalMesh) -> float:
+    """A lower bound of any plan's serial time: every op under its cheapest choice."""
+    tensors = flow.graph.all_tensors()
+    return sum(
+        site.times
+        * float(choice_seconds(site.op, OpChoices(site.op, mesh.axes).choices, tensors, mesh).min())
+        for site in flow.sites.values()
+    )
 
 
 def home_specs(home: Home, sizes: Mapping[str, int]) -> tuple[Spec, ...]:
