@@ -159,9 +159,12 @@ def predicted_moves(program: Program) -> Iterable[Moved]:
 
 
 def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:
-    """Permutes before and after a windowed einsum's loop belong to it (same operation)."""
+    """All permutes of a decomposed matmul are of one kind: a reduce-scatter if any sends sums."""
     found = list(collectives)
-    windows = {c.op_name: c.window for c in found if c.window}
+    windows: dict[str, str] = {}
+    for c in found:
+        if c.window and windows.get(c.op_name) != "reduce-scatter":
+            windows[c.op_name] = c.window
     for c in found:
         window = windows.get(c.op_name, "") if c.kind == "collective-permute" else ""
         yield Moved(c.kind, c.axes, c.bytes * c.count, window)

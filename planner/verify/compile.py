@@ -1,4 +1,4 @@
-"""Runs a backend's compiler on a generated program, in a process and, if asked, a Python of its own.
+"""Runs a backend's compiler on a generated program, in a process (and a Python) of its own.
 
 The process is `worker.py`; request and answer are JSON files in a temporary folder.
 """
@@ -93,7 +93,8 @@ def _run(goal: Target, interpreter: str, folder: Path, timeout_s: float) -> dict
             capture_output=True, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise BackendError(f"the {goal.backend} compiler took more than {timeout_s:.0f} s") from None
+        text = f"the {goal.backend} compiler took more than {timeout_s:.0f} s"
+        raise BackendError(text) from None
     except OSError as error:
         raise BackendError(f"cannot run {interpreter}: {error.strerror}") from None
     if done.returncode != 0:

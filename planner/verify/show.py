@@ -89,10 +89,9 @@ def _table(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
 
 def _cells(r: Row) -> tuple[str, str, str, str, str]:
     error = r.error
-    if error is None:
-        shown = "-"
-    else:
-        shown = "only predicted" if error == float("inf") else f"{error:+.1%}"
+    shown = "-" if error is None else f"{error:+.1%}"
+    if error == float("inf"):
+        shown = "only predicted"
     mark = "" if r.threshold is None else ("> " if r.exceeded else "≤ ") + f"{r.threshold:.0%}"
     return r.name, _amount(r.predicted, r.unit), _amount(r.compiled, r.unit), shown, mark
 
