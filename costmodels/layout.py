@@ -46,6 +46,9 @@ class Region:
     def length(self) -> int:
         return self.stop - self.start
 
+    def __contains__(self, step: int) -> bool:
+        return self.start <= step < self.stop
+
 
 @dataclass(frozen=True)
 class LoopRun:
@@ -60,12 +63,17 @@ Parts = tuple[Region | LoopRun, ...]
 
 @dataclass
 class Layout:
-    """`steps[t]`: the items of step t. `parts`: the outermost block as regions and loops."""
+    """`steps[t]`: the items of step t. `parts`: the outermost block as regions and loops.
+    `items`: all, by number."""
 
     steps: list[list[Item]] = field(default_factory=list)
     parts: Parts = ()
-    asynchronous: list[Item] = field(default_factory=list)
+    items: list[Item] = field(default_factory=list)
     regions: list[Region] = field(default_factory=list)
+
+    @property
+    def asynchronous(self) -> list[Item]:
+        return [item for item in self.items if item.kind == ASYNC]
 
 
 def lay_out(program: Program, mesh: LogicalMesh) -> Layout:
@@ -80,7 +88,6 @@ class _Builder:
     prices: Prices
     overlap: frozenset[str]
     layout: Layout = field(default_factory=Layout)
-    count: int = 0
 
     def block(self, block: Block, *, inside: bool) -> Parts:
         """`inside`: the block is a loop's body."""
@@ -112,12 +119,9 @@ class _Builder:
     def _item(self, instruction: Instruction, step: int) -> Item:
         units = round(self.prices.seconds(instruction) * UNITS_PER_S)
         kind = self._kind(instruction)
-        item = Item(
-            self.count, step, kind, units, instruction.ins, instruction.outs, instruction
-        )
-        self.count += 1
-        if kind == ASYNC:
-            self.layout.asynchronous.append(item)
+        number = len(self.layout.items)
+        item = Item(number, step, kind, units, instruction.ins, instruction.outs, instruction)
+        self.layout.items.append(item)
         return item
 
     def _kind(self, instruction: Instruction) -> int:

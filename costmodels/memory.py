@@ -9,8 +9,9 @@ iterations):
 * inputs live all the time, and so does what an output needs; an output that takes over an
   input's memory (donated state), or a slice of a stack, takes none of its own;
 * a stack that a loop writes is allocated when the loop starts and lives through the step after
-  it, one that it reads lives to its end; a carried value occupies one buffer at the start of an iteration (`entry`), a second from
-  where the next value is made (`exit`), and one after the loop (`result`).
+  it, one that it reads lives to its end;
+* a carried value occupies one buffer at the start of an iteration (`entry`), a second from where
+  the next value is made (`exit`), and one after the loop (`result`).
 """
 
 from __future__ import annotations

@@ -113,13 +113,14 @@ _Pending = tuple[int, int, int, Item, _Scope]
 
 @dataclass
 class _Points:
-    """What happens at the start of a step: collectives issued, and collectives joined (waited
-    for); `early` and `late` are those of the next and the previous iteration."""
+    """What moved to the boundary before a step: collectives that end (their result is waited
+    for) or start, and kernels that move with them; of this iteration, and across the back edge
+    of the previous (`late`) and the next one (`early`)."""
 
-    issue: list[Item] = field(default_factory=list)
+    end: list[Item] = field(default_factory=list)
+    late: list[Item] = field(default_factory=list)
+    start: list[Item] = field(default_factory=list)
     early: list[Item] = field(default_factory=list)
-    join: list[int] = field(default_factory=list)
-    late: list[int] = field(default_factory=list)
 
 
 class _Simulation:
@@ -136,6 +137,8 @@ class _Simulation:
         self.trace = trace
         self.events: list[Event] = []
         self.points = _points(layout, overlap)
+        windows = overlap.windows.values()
+        self.moved = {i for w in windows for i in (w.before, w.after) if i is not None}
 
     def run(self) -> Timing:
         scope = self._scope(None)
@@ -169,28 +172,37 @@ class _Simulation:
         for t in range(region.start, region.stop):
             points = self.points.get(t)
             if points is not None:
-                self._open(points, scope, before, after)
+                self._boundary(points, scope, before, after)
             for item in self.layout.steps[t]:
-                self._execute(item, scope)
+                if item.kind != ASYNC and item.index not in self.moved:
+                    self._execute(item, scope)
         closing = self.points.get(-region.stop)
         if closing is not None:
-            self._join(closing.join, scope)
+            self._end(closing.end, scope)
 
-    def _open(
+    def _boundary(
         self, points: _Points, scope: _Scope, before: _Scope | None, after: _Scope | None
     ) -> None:
-        self._join(points.join, scope)
+        self._end(points.end, scope)
         if before is not None:
-            self._join(points.late, before)
-        for item in points.issue:
-            self._issue(item, scope)
+            self._end(points.late, before)
+        self._start(points.start, scope)
         if after is not None:
-            for item in points.early:
-                self._issue(item, after)
+            self._start(points.early, after)
 
-    def _join(self, buffers: Sequence[int], scope: _Scope) -> None:
-        for buffer in buffers:
-            self.compute = max(self.compute, self._ready(buffer, scope))
+    def _end(self, items: Sequence[Item], scope: _Scope) -> None:
+        for item in items:
+            if item.kind == ASYNC:
+                self.compute = max(self.compute, self._ready(item.outs[0], scope))
+            else:
+                self._execute(item, scope)
+
+    def _start(self, items: Sequence[Item], scope: _Scope) -> None:
+        for item in items:
+            if item.kind == ASYNC:
+                self._issue(item, scope)
+            else:
+                self._execute(item, scope)
 
     # ---- loops ------------------------------------------------------------------------------
 
@@ -200,8 +212,7 @@ class _Simulation:
         before: _Scope | None = None
         scope = self._iteration(loop, outer)
         early, late = self._crossing(run)
-        for item in early:
-            self._issue(item, scope)
+        self._start(early, scope)
         seen: dict[object, tuple[int, int, int]] = {}
         done = 0
         while done < loop.times:
@@ -212,7 +223,7 @@ class _Simulation:
             carried = [self._ready(k.exit, scope) for k in loop.carries]
             done += 1
             if after is None:
-                self._join(late, scope)
+                self._end(late, scope)
             else:
                 before, scope = scope, after
         outer.ready.update(zip((k.result for k in loop.carries), carried, strict=True))
@@ -224,18 +235,18 @@ class _Simulation:
             scope.ready[stack.inner] = self._ready(stack.outer, outer)
         return scope
 
-    def _crossing(self, run: LoopRun) -> tuple[list[Item], list[int]]:
-        """Collectives issued an iteration early, and results joined an iteration late."""
+    def _crossing(self, run: LoopRun) -> tuple[list[Item], list[Item]]:
+        """What starts an iteration early and what ends an iteration late."""
         early: list[Item] = []
-        late: list[int] = []
+        late: list[Item] = []
         for part in run.parts:
             if isinstance(part, Region):
                 found = [self.points.get(t) for t in range(part.start, part.stop)]
                 early += [item for p in found if p for item in p.early]
-                late += [buffer for p in found if p for buffer in p.late]
+                late += [item for p in found if p for item in p.late]
         return sorted(early, key=lambda item: item.index), late
 
-    def _state(self, scope: _Scope, before: _Scope | None, late: Sequence[int]) -> object:
+    def _state(self, scope: _Scope, before: _Scope | None, late: Sequence[Item]) -> object:
         """Everything that the iterations to come depend on, relative to now."""
         now = self.compute
         self._advance(now)
@@ -246,7 +257,7 @@ class _Simulation:
         pending = [(ahead(p[0]), p[1] - scope.serial, p[2]) for p in self.future]
         pending += [(0, p[0] - scope.serial, p[1]) for p in self.eligible]
         known = sorted((b, ahead(time)) for b, time in scope.ready.items())
-        old = [] if before is None else [(b, ahead(before.ready.get(b, _NEVER))) for b in late]
+        old = [] if before is None else [before.ready.get(item.outs[0], _NEVER) for item in late]
         waiting = [
             (i, b, item.index)
             for i, s in enumerate((scope, before))
@@ -254,9 +265,10 @@ class _Simulation:
             for b, items in s.waiting.items()
             for item, _ in items
         ]
+        unfinished = tuple(time if time == _NEVER else ahead(time) for time in old)
         return (
-            ahead(self.network), before is None, tuple(sorted(pending)), tuple(known),
-            tuple(old), tuple(sorted(waiting)),
+            ahead(self.network), before is None, tuple(sorted(pending)), tuple(known), unfinished,
+            tuple(sorted(waiting)),
         )  # fmt: skip
 
     def _skip(
@@ -293,7 +305,7 @@ class _Simulation:
             self._made(item, self.compute, scope)
         elif item.kind == BLOCKING:
             self._block(item, scope)
-        elif item.kind != ASYNC:
+        else:
             self._issue(item, scope)  # a local slice: ready as soon as its operand is
 
     def _block(self, item: Item, scope: _Scope) -> None:
@@ -390,7 +402,7 @@ class _Simulation:
 
 
 def _points(layout: Layout, overlap: Overlap) -> dict[int, _Points]:
-    """What to issue and join at each step; under the key -stop, at the end of a region."""
+    """What moved to the boundary before each step; under -stop, to the end of a region."""
     points: dict[int, _Points] = {}
 
     def at(step: int) -> _Points:
@@ -400,15 +412,17 @@ def _points(layout: Layout, overlap: Overlap) -> dict[int, _Points]:
     for item in layout.asynchronous:
         window = overlap.windows.get(item.index, Window(item.step, item.step))
         region = regions[item.step]
+        before = [] if window.before is None else [layout.items[window.before]]
+        after = [] if window.after is None else [layout.items[window.after]]
         if window.issue >= region.start:
-            at(window.issue).issue.append(item)
+            at(window.issue).start += [*before, item]
         else:
-            at(window.issue + region.length).early.append(item)
+            at(window.issue + region.length).early += [*before, item]
         over = window.deadline + 1
-        if over == region.stop:
-            at(-over).join.append(item.outs[0])
-        elif over < region.stop:
-            at(over).join.append(item.outs[0])
+        if over < region.stop:
+            at(over).end += [item, *after]
+        elif over == region.stop:
+            at(-over).end += [item, *after]
         else:
-            at(over - region.length).late.append(item.outs[0])
+            at(over - region.length).late += [item, *after]
     return points

@@ -85,6 +85,8 @@ class Scalar:
         What is no space is spelled literally and in order; where an escape breaks that, the
         start of the value has to do.
         """
+        if offset == 0:  # the value as a whole: with its quote
+            return self.place
         source = self.place.source
         wanted = [c for c in self.value[:offset] if not c.isspace()]
         spelled = [i for i in range(self._body(), self.end) if not source.text[i].isspace()]
@@ -188,6 +190,8 @@ def parse(text: str, file: str) -> Document:
 def _syntax(source: Source, error: yaml.MarkedYAMLError) -> YamlProblem:
     mark = error.problem_mark or error.context_mark
     place = Place(source, mark.line + 1, mark.column + 1) if mark else Place(source, 1, 1)
+    if error.problem and "nesting depth" in error.problem:  # the parser's own, far above ours
+        return _too_deep(place)
     hint = f"{error.context}, begun in line {error.context_mark.line + 1}" if (
         error.context and error.context_mark
     ) else ""  # fmt: skip
@@ -196,6 +200,10 @@ def _syntax(source: Source, error: yaml.MarkedYAMLError) -> YamlProblem:
     elif error.problem and "mapping values" in error.problem:
         hint = "put text that contains ': ' into quotes"
     return YamlProblem("yaml-syntax", f"not valid YAML: {error.problem}", hint, place)
+
+
+def _too_deep(place: Place) -> YamlProblem:
+    return YamlProblem("too-deep", f"nested deeper than {MAX_DEPTH} levels", "", place)
 
 
 def _build(source: Source) -> Document:
@@ -247,7 +255,7 @@ class _TreeBuilder:
 
     def open(self, node: Table | Listing) -> None:
         if len(self.stack) >= MAX_DEPTH:
-            raise YamlProblem("too-deep", f"nested deeper than {MAX_DEPTH} levels", "", node.place)
+            raise _too_deep(node.place)
         self.add(node)
         self.stack.append(_Open(node))
 

@@ -54,6 +54,7 @@ class Model:
     tokens: int
     mesh: str | None = None
     shape: Mapping[str, int] | str | None = None
+    layout: Mapping[str, Mapping[str, int]] | None = None  # as meshes.logical takes it
     constraints: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
     assumed: tuple[Assumed, ...] = ()
     published_parameters: float | None = None

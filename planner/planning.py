@@ -31,6 +31,7 @@ DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 OVERLAP_WEIGHTS = (1.0, 0.5, 0.2)  # what a second of communication counts, where it may be hidden
 LEAST_MEMORY_ROUNDS = 12
+LEAST_MEMORY_GAP = 0.01
 
 Progress = Callable[[str], None]
 
@@ -198,10 +199,14 @@ class _Planning:
         """The plan of least memory (multiplicative weights over the constrained steps)."""
         self.say("nothing fits: looking for the plan of least memory")
         weights = dict.fromkeys(self.active, 1.0)
-        found = []
+        found: list[_Candidate] = []
         for _ in range(LEAST_MEMORY_ROUNDS):
-            problem = self.space.memory_problem(weights)
-            found.append(self.candidate(solve(problem, seed=self.options.seed), "infeasible"))
+            outcome = solve(self.space.memory_problem(weights), seed=self.options.seed)
+            found.append(self.candidate(outcome, "infeasible"))
+            least = min(c.memory.peak_bytes for c in found)
+            # A peak is never below a weighted mean, whose least value this was.
+            if least * (1 - LEAST_MEMORY_GAP) <= outcome.bound / sum(weights.values()):
+                break
             weights = heavier(weights, found[-1].memory.profile)
         result = self.result(min(found, key=lambda c: c.memory.peak_bytes))
         return Infeasible(result, explain(result))

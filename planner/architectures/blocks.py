@@ -9,6 +9,8 @@ of keys and values, G query heads per key head, F feed-forward, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from planner.architectures.settings import Activation, Norm, TransformerBlock
 from planner.graph import expr as ex
 from planner.graph import layers
@@ -114,12 +116,33 @@ def fed_forward(b: Builder, x: str, s: TransformerBlock, prefix: str = "") -> st
     return through("out", h, "F D")
 
 
-def layer(b: Builder, x: str, s: TransformerBlock, causal: bool, prefix: str = "") -> str:
+Feed = Callable[[Builder, str, TransformerBlock, str], str]
+
+
+def layer(
+    b: Builder, x: str, s: TransformerBlock, causal: bool, prefix: str = "",
+    feed: Feed = fed_forward,
+) -> str:  # fmt: skip
     """One pre-norm transformer layer: x + attention(norm(x)), then + feed-forward(norm(·))."""
     h = normed(b, x, s.norm, s.biases, f"{prefix}ln1")
     a = attended(b, h, h, s, causal, prefix)
     if s.parallel_block:
-        return added(b, f"{prefix}x", x, a, fed_forward(b, h, s, prefix))
-    middle = added(b, f"{prefix}mid", x, a)
-    h = normed(b, middle, s.norm, s.biases, f"{prefix}ln2")
-    return added(b, f"{prefix}x", middle, fed_forward(b, h, s, prefix))
+        return added(b, f"{prefix}x", x, a, feed(b, h, s, prefix))
+    return with_feed(b, added(b, f"{prefix}mid", x, a), s, prefix, feed)
+
+
+def cross_layer(
+    b: Builder, x: str, memory: str, s: TransformerBlock, prefix: str = "",
+    feed: Feed = fed_forward,
+) -> str:  # fmt: skip
+    """A causal layer that, between the two, also attends to an encoder's result."""
+    h = normed(b, x, s.norm, s.biases, f"{prefix}ln1")
+    x = added(b, f"{prefix}self", x, attended(b, h, h, s, True, prefix))
+    h = normed(b, x, s.norm, s.biases, f"{prefix}cross_ln")
+    x = added(b, f"{prefix}mid", x, attended(b, h, memory, s, False, f"{prefix}cross_"))
+    return with_feed(b, x, s, prefix, feed)
+
+
+def with_feed(b: Builder, x: str, s: TransformerBlock, prefix: str, feed: Feed) -> str:
+    h = normed(b, x, s.norm, s.biases, f"{prefix}ln2")
+    return added(b, f"{prefix}x", x, feed(b, h, s, prefix))

@@ -1,4 +1,4 @@
-"""Dense language models: decoder, encoder, encoder and decoder together.
+"""Language models: decoder, encoder, encoder and decoder together; with experts or without.
 
 Every stack of layers is one `repeat` between embedding and loss.
 """
@@ -7,17 +7,21 @@ from __future__ import annotations
 
 from planner.architectures.blocks import (
     TOKENS,
+    Feed,
     added,
-    attended,
+    cross_layer,
     fed_forward,
     layer,
     normed,
 )
+from planner.architectures.experts import experts
 from planner.architectures.settings import (
     Decoder,
     Encoder,
-    EncoderDecoder,
+    Experts,
     LanguageModel,
+    MoEDecoder,
+    SequenceToSequence,
     TransformerBlock,
 )
 from planner.graph import layers
@@ -54,7 +58,37 @@ def predicted(b: Builder, s: LanguageModel, x: str, table: str, targets: str) ->
     return layers.cross_entropy(b, logits, targets)
 
 
-def language_model(b: Builder, s: Decoder | Encoder, batch: int) -> str:
+def sublayers(s: LanguageModel) -> tuple[tuple[str, Feed], ...]:
+    """(prefix of names, feed-forward layer) of the layers that one iteration of a stack runs.
+
+    One ordinary layer, or with experts in every n-th layer n - 1 ordinary ones and that layer.
+    """
+    if not isinstance(s, Experts):
+        return (("", fed_forward),)
+    if s.moe_every == 1:
+        return (("", experts),)
+    count = s.moe_every - 1
+    dense = [f"dense{i + 1}." if count > 1 else "dense." for i in range(count)]
+    return (*((prefix, fed_forward) for prefix in dense), ("moe.", experts))
+
+
+def stacked(
+    b: Builder, name: str, count: int, x: str, s: LanguageModel, causal: bool,
+    memory: str | None = None,
+) -> str:  # fmt: skip
+    """`count` layers as a repeat called `name`; with `memory` they attend to it, too."""
+    parts = sublayers(s)
+    body = b.repeat(name, count // len(parts))
+    entry = y = body.enter(x)
+    for prefix, feed in parts:
+        if memory is None:
+            y = layer(body, y, s, causal, prefix, feed)
+        else:
+            y = cross_layer(body, y, memory, s, prefix, feed)
+    return body.end_repeat([(x, entry, y)])[0]
+
+
+def language_model(b: Builder, s: Decoder | Encoder | MoEDecoder, batch: int) -> str:
     """Embedding, `layers` layers, output projection; returns the loss.
 
     An encoder is trained to predict the masked tokens, of which this graph computes the logits
@@ -64,27 +98,8 @@ def language_model(b: Builder, s: Decoder | Encoder, batch: int) -> str:
     targets = token_input(b, "targets", batch, s.sequence)
     table = embedding_table(b, "embed", s.vocab, s)
     x = embedded(b, s, tokens, table)
-    body = b.repeat("layers", s.layers)
-    entry = body.enter(x)
-    (x,) = body.end_repeat([(x, entry, layer(body, entry, s, isinstance(s, Decoder)))])
+    x = stacked(b, "layers", s.layers, x, s, not isinstance(s, Encoder))
     return predicted(b, s, x, table, targets)
-
-
-def attended_twice(
-    b: Builder, x: str, memory: str, s: TransformerBlock, prefix: str = ""
-) -> str:
-    """Causal self-attention, then attention to the encoder's result, each with its residual."""
-    h = normed(b, x, s.norm, s.biases, f"{prefix}ln1")
-    x = added(b, f"{prefix}self", x, attended(b, h, h, s, True, prefix))
-    h = normed(b, x, s.norm, s.biases, f"{prefix}cross_ln")
-    return added(b, f"{prefix}mid", x, attended(b, h, memory, s, False, f"{prefix}cross_"))
-
-
-def cross_layer(b: Builder, x: str, memory: str, s: TransformerBlock) -> str:
-    """A decoder layer that also reads the encoder's result."""
-    x = attended_twice(b, x, memory, s)
-    h = normed(b, x, s.norm, s.biases, "ln2")
-    return added(b, "x", x, fed_forward(b, h, s))
 
 
 def tables(b: Builder, s: LanguageModel, target_vocab: int | None) -> tuple[str, str]:
@@ -95,19 +110,15 @@ def tables(b: Builder, s: LanguageModel, target_vocab: int | None) -> tuple[str,
     return source, embedding_table(b, "target_embed", target_vocab, s)
 
 
-def encoder_decoder(b: Builder, s: EncoderDecoder, batch: int) -> str:
+def encoder_decoder(b: Builder, s: SequenceToSequence, batch: int) -> str:
     """Encoder over the sources, decoder over the targets shifted by one; returns the loss."""
     sources = token_input(b, "sources", batch, s.sequence)
     tokens = token_input(b, "tokens", batch, s.target_length)
     targets = token_input(b, "targets", batch, s.target_length)
     source_table, target_table = tables(b, s, s.target_vocab)
     memory = embedded(b, s, sources, source_table, "source")
-    encoder = b.repeat("encoder", s.encoder_layers)
-    entry = encoder.enter(memory)
-    (memory,) = encoder.end_repeat([(memory, entry, layer(encoder, entry, s, False))])
+    memory = stacked(b, "encoder", s.encoder_layers, memory, s, False)
     memory = normed(b, memory, s.norm, s.biases, "encoder_ln")
     x = embedded(b, s, tokens, target_table)
-    decoder = b.repeat("decoder", s.decoder_layers)
-    entry = decoder.enter(x)
-    (x,) = decoder.end_repeat([(x, entry, cross_layer(decoder, entry, memory, s))])
+    x = stacked(b, "decoder", s.decoder_layers, x, s, True, memory)
     return predicted(b, s, x, target_table, targets)

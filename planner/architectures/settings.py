@@ -6,6 +6,7 @@ them is the other modules' work.
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -130,6 +131,66 @@ class Encoder(LanguageModel):
     layers: Size = Field(description="number of layers")
 
 
+class Experts(LanguageModel):
+    """Mixture of experts in every n-th layer: tokens go to the k experts a router prefers.
+
+    Tokens are routed in groups; every expert takes `capacity` tokens of a group, and drops the
+    rest (Lepikhin et al. 2021, GShard).
+    """
+
+    experts: Annotated[int, Field(gt=1)] = Field(description="experts of a layer")
+    top_k: Size = Field(2, description="experts of a token")
+    moe_every: Size = Field(1, description="every how many layers has experts")
+    expert_d_ff: Size | None = Field(
+        None, description="width of an expert; d_ff if left out"
+    )
+    expert_gated: bool | None = Field(
+        None, description="whether experts have a gate; as `gated` if left out"
+    )
+    capacity_factor: float = Field(
+        1.25, gt=0, description="slots of an expert, relative to what it gets if all experts "
+        "get equally many tokens",
+    )  # fmt: skip
+    group_size: Size | None = Field(
+        None, description="tokens that are routed together; one sequence if left out"
+    )
+
+    @model_validator(mode="after")
+    def _enough_experts(self) -> Experts:
+        if self.top_k > self.experts:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.experts} experts")
+        return self
+
+    @property
+    def expert_ff_size(self) -> int:
+        return self.expert_d_ff or self.ff_size
+
+    @property
+    def experts_are_gated(self) -> bool:
+        return self.gated if self.expert_gated is None else self.expert_gated
+
+    def capacity(self, group: int) -> int:
+        """Slots of an expert for a group of that many tokens: at least one."""
+        return max(1, ceil(self.capacity_factor * self.top_k * group / self.experts))
+
+
+def _whole_periods(layers: int, every: int, what: str) -> None:
+    if layers % every:
+        raise ValueError(f"moe_every {every} does not divide {what} {layers}")
+
+
+class MoEDecoder(Experts):
+    """Causal language model with experts."""
+
+    kind: Literal["moe-decoder"] = "moe-decoder"
+    layers: Size = Field(description="number of layers, those with experts included")
+
+    @model_validator(mode="after")
+    def _periods_fit(self) -> MoEDecoder:
+        _whole_periods(self.layers, self.moe_every, "layers")
+        return self
+
+
 class SequenceToSequence(LanguageModel):
     """What models with an encoder over sources and a decoder over targets have in common."""
 
@@ -152,15 +213,28 @@ class SequenceToSequence(LanguageModel):
         return self.sequence + self.target_length
 
 
+    @model_validator(mode="after")
+    def _no_parallel_block(self) -> SequenceToSequence:
+        if self.parallel_block:
+            raise ValueError("parallel_block: a decoder layer with two attentions has none")
+        return self
+
+
 class EncoderDecoder(SequenceToSequence):
     """Encoder over sources, causal decoder over targets that attends to the encoder's result."""
 
     kind: Literal["encoder-decoder"] = "encoder-decoder"
 
+
+class MoEEncoderDecoder(SequenceToSequence, Experts):
+    """Encoder and decoder with experts."""
+
+    kind: Literal["moe-encoder-decoder"] = "moe-encoder-decoder"
+
     @model_validator(mode="after")
-    def _no_parallel_block(self) -> EncoderDecoder:
-        if self.parallel_block:
-            raise ValueError("parallel_block: a decoder layer with two attentions has none")
+    def _periods_fit(self) -> MoEEncoderDecoder:
+        _whole_periods(self.encoder_layers, self.moe_every, "encoder_layers")
+        _whole_periods(self.decoder_layers, self.moe_every, "decoder_layers")
         return self
 
 

@@ -210,7 +210,10 @@ class Builder:
                 raise GraphError(f"{name}: result dimension '{label}' is in no operand")
         return found
 
-    def einsum(self, spec: str, *operands: str, name: str = "einsum", dtype: str = "") -> str:
+    def einsum(
+        self, spec: str, *operands: str, name: str = "einsum", dtype: str = "",
+        attrs: Mapping[str, Any] | None = None,
+    ) -> str:  # fmt: skip
         """'B S D, D F -> B S F': products summed over the labels that the result lacks."""
         left, arrow, right = spec.partition("->")
         parts = left.split(",")
@@ -232,7 +235,7 @@ class Builder:
         value = ex.x(0)
         for i in range(1, len(operands)):
             value = ex.mul(value, ex.x(i))
-        return self.map(name, pairs, out, value, dtype=dtype or self.compute)
+        return self.map(name, pairs, out, value, dtype=dtype or self.compute, attrs=attrs)
 
     def pointwise(
         self, name: str, value: ex.Expr, *operands: str, dtype: str | None = None

@@ -103,7 +103,10 @@ def _standardised(
     return b.map(name, operands, t.dims, out)
 
 
-def softmax(b: Builder, value: str, over: str, name: str = "softmax", causal: tuple[str, str] | None = None) -> str:  # noqa: E501
+def softmax(
+    b: Builder, value: str, over: str, name: str = "softmax",
+    causal: tuple[str, str] | None = None, dtype: str | None = None,
+) -> str:  # fmt: skip
     """softmax over dimension `over`; `causal=(query, key)` masks keys after the query."""
     t = b.lookup(value)
     if over not in t.dims:
@@ -124,7 +127,7 @@ def softmax(b: Builder, value: str, over: str, name: str = "softmax", causal: tu
     )  # fmt: skip
     return b.map(
         name, [(value, t.dims), (top, lead), (total, lead)], t.dims, ex.div(power, ex.x(2)),
-        attrs={"vjp": "softmax", "over": over},
+        dtype=dtype, attrs={"vjp": "softmax", "over": over},
     )  # fmt: skip
 
 

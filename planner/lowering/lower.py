@@ -60,8 +60,6 @@ class _Lowering:
         if place.kind == "home":
             spec = self.plan.homes[place.home]
             return Spec(spec.dims[place.lead :], spec.partial)
-        if place.kind == "fixed" and place.spec is not None:
-            return place.spec
         op = self.flow.sites[place.op].op
         choice = self.plan.choices[op.origin or op.name]
         if place.kind == "operand":

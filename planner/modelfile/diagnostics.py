@@ -48,11 +48,6 @@ class Findings:
         if len(self.diagnostics) >= MAX_DIAGNOSTICS:
             raise ModelErrors(self.diagnostics)
 
-    def check(self) -> None:
-        """Raise ModelErrors if anything was found."""
-        if self.diagnostics:
-            raise ModelErrors(self.diagnostics)
-
 
 def at(place: Place, code: str, message: str, hint: str = "") -> Diagnostic:
     return Diagnostic(
@@ -80,7 +75,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
         near = [k for k in known if k.lower() == name.lower()]
     if near:
         return f"did you mean '{near[0]}'?"
-    return otherwise or (f"known: {', '.join(known)}" if 0 < len(known) <= 12 else "")
+    return otherwise or (f"known: {', '.join(known)}" if 1 < len(known) <= 12 else "")
 
 
 def render(diagnostics: Sequence[Diagnostic]) -> str:

@@ -21,7 +21,8 @@ WHOLE_NAMES = ("layers", "repeats", "micro")  # stacked dimensions stay whole
 
 @dataclass(frozen=True)
 class Choice:
-    """`split[f]`: axes over factor f, major first. `passed`: (linear group, axes) pairs."""
+    """`split[f]`: axes over factor f, major first. `passed`: (linear group, axes) pairs, at most
+    one of them: only the group of all operands passes. Axes are in mesh order throughout."""
 
     split: tuple[tuple[str, ...], ...]
     passed: tuple[tuple[int, tuple[str, ...]], ...] = ()
@@ -33,7 +34,7 @@ class Choice:
     def operand(self, rule: Rule, i: int) -> Spec:
         """The spec in which operand i must be given."""
         partial = [a for group, axes in self.passed if i in rule.linear[group] for a in axes]
-        return Spec(self._dims(rule.ins[i]), tuple(sorted(partial)))
+        return Spec(self._dims(rule.ins[i]), tuple(partial))
 
     def result(self, rule: Rule, k: int, mesh_order: Sequence[str]) -> Spec:
         """The spec of result k as computed: split reduce factors leave partial sums."""

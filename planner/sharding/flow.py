@@ -20,15 +20,14 @@ Interval = tuple[int, int]  # half-open, in steps
 
 @dataclass(frozen=True)
 class Place:
-    """`kind`: "result" or "operand" of op `op` at position `slot`, "home" with id `home`, or
-    "fixed" with `spec`. `lead`: leading whole dimensions dropped from the home's spec."""
+    """`kind`: "result" or "operand" of op `op` at position `slot`, or "home" with id `home`.
+    `lead`: leading whole dimensions dropped from the home's spec."""
 
     kind: str
     op: str = ""
     slot: int = 0
     home: int = -1
     lead: int = 0
-    spec: Spec | None = None
 
 
 @dataclass
@@ -194,9 +193,12 @@ class _FlowBuilder:
                 scope.ends[out] = self.flow.steps  # a loop needs the old value while it makes this
             scope.use(out, _Use(self.place(alias), HANDED_ON, "alias", "", 0))
             return
-        whole = Spec(((),) * len(self.tensors[out].shape))
-        scope.use(out, _Use(Place("fixed", spec=whole), HANDED_ON, "output", "", 0))
-        scope.ends[out] = self.flow.steps
+        t = self.tensors[out]
+        home = self.new_home(f"{out}@output", t.shape, t.dtype, 0, False, "activations")
+        home.pin = Spec(((),) * len(t.shape))
+        scope.use(
+            out, _Use(Place("home", home=home.id), HANDED_ON, "output", "", self.flow.steps)
+        )
 
     def _stack_depth(self, name: str) -> int:
         """Leading dimensions along which loops slice this tensor."""
@@ -480,7 +482,7 @@ class _FlowBuilder:
 
     def _result_until(self, scope: _Scope, use: _Use) -> int:
         """When the converted value is needed no more (by the target's own accounting)."""
-        if use.kind in ("copy", "shared"):
+        if use.kind in ("copy", "shared", "output"):
             return use.live_to
         if use.kind == "exit":
             return scope.stop

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.collectives import collective_seconds
-from costmodels.pricing import kernel_seconds
+from costmodels.pricing import many_kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner.sharding.choices import Choice, OpChoices
@@ -80,12 +80,10 @@ class Space:
                 self.keys.append(key)
                 self.choices[name] = OpChoices(op, self.mesh.axes).choices
                 self._costs[key] = np.zeros(len(self.choices[name]))
-            kernels = (
+            kernels = [
                 lower_op(op, choice, self.tensors, self.sizes) for choice in self.choices[name]
-            )
-            self._costs[key] += site.times * np.array(
-                [kernel_seconds(self.mesh.chip, k) for k in kernels]
-            )
+            ]
+            self._costs[key] += site.times * many_kernel_seconds(self.mesh.chip, kernels)
 
     def _home_nodes(self) -> None:
         for home in self.flow.homes:
@@ -94,12 +92,10 @@ class Space:
             self.specs[home.id] = home_specs(home, self.sizes)
             self._costs[key] = np.zeros(len(self.specs[home.id]))
 
-    def key(self, place: Place) -> Key | None:
-        """The node that decides the spec at `place`; None where it is fixed."""
+    def key(self, place: Place) -> Key:
+        """The node that decides the spec at `place`."""
         if place.kind == "home":
             return ("home", place.home)
-        if place.kind == "fixed":
-            return None
         op = self.flow.sites[place.op].op
         return ("op", op.origin or op.name)
 
@@ -113,8 +109,6 @@ class Space:
         return self._rows[place]
 
     def _each(self, place: Place) -> list[Spec]:
-        if place.kind == "fixed":
-            return [place.spec] if place.spec is not None else []
         if place.kind == "home":
             return [Spec(s.dims[place.lead :], s.partial) for s in self.specs[place.home]]
         op = self.flow.sites[place.op].op
@@ -181,12 +175,8 @@ class Space:
         left, right = self.key(c.source), self.key(c.target)
         rows = self.rows(c.source)[1]
         columns = self.rows(c.target)[1]
-        if left is None or right is None or left == right:
-            full = m[rows][:, columns]
-            if left == right:
-                costs[self.number[left]] += np.diagonal(full) if left is not None else 0.0
-            elif right is None and left is not None:
-                costs[self.number[left]] += full[:, 0]
+        if left == right:
+            costs[self.number[left]] += np.diagonal(m[rows][:, columns])
             return
         _add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
 
@@ -236,8 +226,6 @@ class Space:
         node = len(costs)
         costs.append(by_spec[pairs[:, 0], pairs[:, 1]])
         for key, own, which in ((self.key(c.source), rows, 0), (self.key(c.target), columns, 1)):
-            if key is None:
-                continue
             allowed = np.where(own[:, None] == pairs[None, :, which], 0.0, np.inf)
             _add_edge(merged, self.number[key], node, allowed)
         at_step, held = self._pair_bytes(c, [sources[i] for i in pairs[:, 0]],

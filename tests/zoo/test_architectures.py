@@ -9,6 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from planner.architectures import ARCHITECTURES, build
+from planner.graph.builder import GraphError
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.model import REMAT_POLICIES, Model, Training
@@ -48,6 +49,23 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
         {**TEXT, "encoder_layers": 1, "decoder_layers": 1, "target_vocab": 7,
          "tied_embeddings": False, "activation": "squared_relu"},
         2 * LAYER + (4 * D * 4 * H + D) + V * D + 2 * 7 * D + 2 * D,
+    ),
+    "moe-decoder as in Mixtral": (
+        "moe-decoder",
+        {**TEXT, "layers": 2, "experts": 3, "gated": True, "expert_d_ff": 5},
+        2 * (LAYER - 2 * D * F + 3 * (3 * D * 5) + 3 * D) + V * D + D,
+    ),
+    "moe-decoder as in GLaM": (
+        "moe-decoder",
+        {**TEXT, "layers": 6, "experts": 4, "moe_every": 3, "gated": True, "expert_gated": False,
+         "group_size": 3},
+        6 * LAYER + 4 * D * F + 2 * (3 * 2 * D * F + 4 * D) + V * D + D,
+    ),
+    "moe-encoder-decoder as in GShard": (
+        "moe-encoder-decoder",
+        {**TEXT, "encoder_layers": 2, "decoder_layers": 2, "experts": 3, "top_k": 1,
+         "moe_every": 2, "group_size": 12},
+        4 * LAYER + 2 * (4 * D * 4 * H + D) + 2 * (2 * 2 * D * F + 3 * D) + V * D + 2 * D,
     ),
     "vit": (
         "vit",
@@ -156,6 +174,12 @@ def test_the_loss_starts_near_that_of_guessing(case: str) -> None:
         ("encoder-decoder",
          {"encoder_layers": 1, "decoder_layers": 1, "d_model": 128, "parallel_block": True},
          "parallel_block"),
+        ("moe-decoder", {"layers": 3, "d_model": 128, "experts": 4, "moe_every": 2},
+         "does not divide layers 3"),
+        ("moe-decoder", {"layers": 1, "d_model": 128, "experts": 2, "top_k": 3}, "top_k 3"),
+        ("moe-encoder-decoder",
+         {"encoder_layers": 2, "decoder_layers": 3, "d_model": 128, "experts": 4, "moe_every": 2},
+         "does not divide decoder_layers 3"),
         ("vit", {"layers": 1, "d_model": 128, "image": 225}, "patches of 16"),
         ("conformer", {"layers": 1, "d_model": 128, "frames": 6}, "frames 6"),
         ("resnet", {"blocks": []}, "at least 1 item"),
@@ -166,6 +190,12 @@ def test_the_loss_starts_near_that_of_guessing(case: str) -> None:
 def test_inconsistent_numbers_are_errors(kind: str, settings: Any, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ARCHITECTURES[kind](**settings)
+
+
+def test_groups_that_do_not_divide_the_tokens_are_an_error() -> None:
+    s = ARCHITECTURES["moe-decoder"](**TEXT, layers=1, experts=2, group_size=5)
+    with pytest.raises(GraphError, match="groups of 5 do not divide 2 × 6 tokens"):
+        build(s, 2, Training(2))
 
 
 def test_defaults_follow_from_the_width() -> None:
