@@ -26,6 +26,12 @@ TAIL = 12  # lines of a failed compiler's output that are shown
 # Extra and module that a backend needs besides jax.
 _NEEDS = {"cpu": ("jax", "jax"), "tpu": ("libtpu", "shardplan[tpu]"),
           "gpu": ("jax_cuda12_plugin", "shardplan[gpu]")}  # fmt: skip
+# Wordings of older and newer libtpu, and of the GPU's allocator.
+_NEEDED = (
+    r"Used ([\d.]+)([KMGT]?)i?B? of",
+    r"required for [\w ]*\(([\d.]+)([KMGT]?)",
+    r"allocate ([\d.]+) ?([KMGT]?)i?B",
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -150,8 +156,10 @@ def _compiled(goal: Target, answer: Mapping[str, Any], hlo: str) -> Compiled:
 
 
 def needed_bytes(message: str) -> int | None:
-    """Bytes that a RESOURCE_EXHAUSTED message says the program needs."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of", message)
-    if found is None:
-        found = re.search(r"(?:allocate|requires?|needs?) ([\d.]+) ?([KMGT]?)i?B", message)
-    return round(float(found[1]) * _UNITS[found[2]]) if found else None
+    """Bytes that a RESOURCE_EXHAUSTED message says the program needs (at least: some count only
+    temporaries)."""
+    for pattern in _NEEDED:
+        found = re.search(pattern, message)
+        if found:
+            return round(float(found[1]) * _UNITS[found[2]])
+    return None

@@ -152,6 +152,8 @@ def test_unsuitable_backends(
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.48G hbm.",
          int(20.5 * 2**30)),
         ("RESOURCE_EXHAUSTED: Used 512.0M of 100M", 512 * 2**20),
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: the total memory required for HLO "
+         "temporaries (31.50G) exceeds available HBM (15.75G).", int(31.5 * 2**30)),
         ("RESOURCE_EXHAUSTED: no figures", None),
     ],
 )  # fmt: skip
