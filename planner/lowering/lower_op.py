@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from math import prod
 
 from costmodels.program import ITEM_BYTES, Kernel
-from planner.sharding.choices import Choice
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, volume
 from planner.graph.core import Dims, Op, Rule, Tensor
+from planner.sharding.choices import Choice
 from planner.sharding.spec import Sizes
 
 

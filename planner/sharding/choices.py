@@ -87,7 +87,7 @@ class OpChoices:
 def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
     """Every assignment of each axis to one factor, one linear group, or nothing."""
     rule = op.rule
-    options: list[int | None | tuple[int]] = [None]
+    options: list[int | tuple[int] | None] = [None]
     options += [i for i, f in enumerate(rule.factors) if _splittable(f)]
     options += [(g,) for g, group in enumerate(rule.linear) if _passes(op, group)]
     partial: list[Choice] = [Choice(((),) * len(rule.factors))]
@@ -115,7 +115,7 @@ def _passes(op: Op, group: Sequence[int]) -> bool:
     return len(group) == len(op.ins) and contraction_sizes(op) is None
 
 
-def _with_axis(choice: Choice, axis: str, option: int | None | tuple[int]) -> Choice:
+def _with_axis(choice: Choice, axis: str, option: int | tuple[int] | None) -> Choice:
     if option is None:
         return choice
     if isinstance(option, int):

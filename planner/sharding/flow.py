@@ -235,9 +235,8 @@ class _FlowBuilder:
         site = self.flow.loops[loop.name]
         for carry in loop.carries:
             home = self.home(carry.entry, names=(carry.result,), category="activations")
-            scope.use(
-                carry.init, _Use(Place("home", home=home.id), site.enter, "carry", "", site.enter + 1)
-            )
+            entry = Place("home", home=home.id)
+            scope.use(carry.init, _Use(entry, site.enter, "carry", "", site.enter + 1))
             scope.sources[carry.result] = Place("home", home=home.id)
         for stack in loop.writes:
             home = self.home(stack.outer, stacked=self._stack_depth(stack.outer))
@@ -276,7 +275,8 @@ class _FlowBuilder:
             self.held.add(home_id)
         for stack in loop.writes:
             home, lead = self.flow.home_of[stack.outer]
-            inner.use(stack.inner, _Use(Place("home", home=home, lead=lead + 1), HANDED_ON, "write", "", 0))
+            slot = Place("home", home=home, lead=lead + 1)
+            inner.use(stack.inner, _Use(slot, HANDED_ON, "write", "", 0))
         self.scope(inner)
 
     # ---- homes ----------------------------------------------------------------------------
@@ -363,12 +363,11 @@ class _FlowBuilder:
             home = self.new_home(name, t.shape, t.dtype, 0, partial, ROLE_CATEGORIES[t.role])
             self.flow.home_of[name] = (home.id, 0)
         place = Place("home", home=home.id)
-        self.flow.conversions.append(
-            Conversion(
-                source, place, name, t.shape, t.dtype, site.times, start, "home", "source",
-                reduce=site.op.rule.combiner, phase=site.op.phase,
-            )  # fmt: skip
-        )
+        stored = Conversion(
+            source, place, name, t.shape, t.dtype, site.times, start, "home", "source",
+            reduce=site.op.rule.combiner, phase=site.op.phase,
+        )  # fmt: skip
+        self.flow.conversions.append(stored)
         self._fan_out(scope, name, place, uses, start)
 
     def _connect_home(self, scope: _Scope, name: str, source: Place, uses: list[_Use]) -> None:
@@ -442,7 +441,8 @@ class _FlowBuilder:
     ) -> None:
         t = self.tensors[name]
         partial = self.flow.homes[source.home].partial
-        home = self.new_home(f"{name}@{members[0].group}", t.shape, t.dtype, 0, partial, COPY_CATEGORY)
+        label = f"{name}@{members[0].group}"
+        home = self.new_home(label, t.shape, t.dtype, 0, partial, COPY_CATEGORY)
         first, last = min(u.at for u in members), max(u.at for u in members) + 1
         place = Place("home", home=home.id)
         use = _Use(place, first, "copy", members[0].group, last)
@@ -473,12 +473,11 @@ class _FlowBuilder:
             overlap = (use.at + 1, live[1])
         elif until > use.at + 1:
             overlap = self._hold(use.target, (use.at + 1, until), live)
-        self.flow.conversions.append(
-            Conversion(
-                source, use.target, name, t.shape, t.dtype, scope.times, use.at, use.kind, extra, overlap,
-                reduce=producer.op.rule.combiner if producer else "sum", phase=phase,
-            )  # fmt: skip
-        )
+        found = Conversion(
+            source, use.target, name, t.shape, t.dtype, scope.times, use.at, use.kind, extra,
+            overlap, producer.op.rule.combiner if producer else "sum", phase,
+        )  # fmt: skip
+        self.flow.conversions.append(found)
 
     def _result_until(self, scope: _Scope, use: _Use) -> int:
         """When the converted value is needed no more (by the target's own accounting)."""

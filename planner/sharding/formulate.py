@@ -28,11 +28,11 @@ from costmodels.collectives import collective_seconds
 from costmodels.pricing import many_kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
-from planner.sharding.choices import Choice, OpChoices
-from planner.sharding.flow import Conversion, Flow, Home, Interval, Place
 from planner.ilp import Edge, Problem, Usage
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
+from planner.sharding.choices import Choice, OpChoices
+from planner.sharding.flow import Conversion, Flow, Home, Interval, Place
 from planner.sharding.reshard import Resharder
 from planner.sharding.spec import Spec, all_specs
 

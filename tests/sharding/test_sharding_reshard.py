@@ -56,7 +56,8 @@ def scattered(
     for device, block in whole.items():
         if device in found:
             continue
-        others = [d for d in found if all(d[i] == device[i] for i in range(len(d)) if i not in where)]
+        fixed = [i for i in range(len(device)) if i not in where]
+        others = [d for d in found if all(d[i] == device[i] for i in fixed)]
         found[device] = block if reduce == "max" else block - sum(found[d] for d in others)
     return found
 
@@ -76,7 +77,9 @@ def combined(shards: Shards, spec: Spec, axes: Axes) -> np.ndarray:
     return unshard(totals, spec.without_partial(), axes)  # type: ignore[arg-type]
 
 
-def program(path: Sequence[Move], source: Spec, shape: Sequence[int], axes: Axes, reduce: str) -> Program:
+def program(
+    path: Sequence[Move], source: Spec, shape: Sequence[int], axes: Axes, reduce: str
+) -> Program:
     """A program of nothing but the path."""
     sizes = dict(axes)
     buffers = {0: Buffer(0, source.local_shape(shape, sizes), "f32", "activations", "a")}
@@ -95,7 +98,9 @@ def program(path: Sequence[Move], source: Spec, shape: Sequence[int], axes: Axes
 
 @settings(max_examples=150, deadline=None)
 @given(st.integers(1, 4), st.sampled_from(SHAPES), st.integers(0, 10**6))
-def test_a_path_turns_shards_into_the_target_s(count: int, shape: tuple[int, ...], seed: int) -> None:
+def test_a_path_turns_shards_into_the_target_s(
+    count: int, shape: tuple[int, ...], seed: int
+) -> None:
     rng, axes = random.Random(seed), AXES[count]
     source, target = draw_spec(rng, shape, axes), draw_spec(rng, shape, axes)
     reduce = rng.choice(("sum", "max"))
@@ -229,7 +234,8 @@ def test_shards_put_together_are_the_array(count: int, shape: tuple[int, ...], s
     shards = shard(array, spec, axes)
     assert len(shards) == prod(dict(axes).values())
     assert {b.shape for b in shards.values()} == {spec.local_shape(shape, dict(axes))}
-    assert sum(b.size for b in shards.values()) == array.size * (len(shards) // spec.shards(dict(axes)))
+    replicas = len(shards) // spec.shards(dict(axes))
+    assert sum(b.size for b in shards.values()) == array.size * replicas
     np.testing.assert_array_equal(unshard(shards, spec, axes), array)
 
 

@@ -9,6 +9,8 @@ from planner.graph.builder import Builder
 from planner.graph.core import Graph, Tensor
 from planner.graph.derive import training_step
 from planner.model import Model, Training
+from planner.sharding.flow import build_flow
+from planner.sharding.spec import Spec
 
 EVEN = (1024, 2048, 8192)  # large enough that sharding pays
 ODD = 1023  # cannot be split
@@ -35,7 +37,7 @@ def random_graph(seed: int) -> Graph:
 
 
 def _op(rng: random.Random, b: Builder, made: list[str], name: str) -> str:
-    """One of: product, sum of two, nonlinear or linear function, sum or maximum over a dimension."""
+    """A product, a sum of two, a (non)linear function, a sum or maximum over a dimension."""
     x = b.lookup(rng.choice(made[-2:]))
     others = [b.lookup(t) for t in made if t != x.name]
     kinds = [kind for kind in ("product", "sum") if _partner(kind, x, others)]
@@ -99,7 +101,7 @@ def random_training_step(seed: int) -> Graph:
     """The step of a loop of one or two products: what it saves lives until its backward loop."""
     rng = random.Random(seed)
     b = Builder(param_dtype="bf16")
-    rows, width = rng.choice((4096, 16384)), rng.choice((255, 256, 1024))
+    rows, width = rng.choice(((16384, 255), (4096, 1024), (1024, 2048)))
     x = b.input("x", (rows, width), ("B", "D"), "bf16")
     h = b.map("start", [(x, ("B", "D"))], ("B", "D"), ("tanh", ex.x(0)))
     r = b.repeat("loop", rng.choice((2, 5)))
@@ -114,3 +116,17 @@ def random_training_step(seed: int) -> Graph:
     return training_step(
         Model("loop", b.graph(["loss"]), Training(1, optimizer="sgd", remat=remat), 1)
     )
+
+
+def batch_pins(graph: Graph, seed: int) -> dict[str, Spec]:
+    """Activations of a training step pinned to shards of the batch, most of them, so that few
+    plans are left: those that differ in where parameters and gradients are stored."""
+    rng = random.Random(seed)
+    tensors = graph.all_tensors()
+    free = {home.tensor for home in build_flow(graph, {}).homes}
+    found = {}
+    for name in sorted(free & tensors.keys()):
+        t = tensors[name]
+        if t.role not in ("parameter", "gradient") and "B" in t.dims and rng.random() < 0.9:
+            found[name] = Spec(tuple(("x",) if d == "B" else () for d in t.dims))
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
+from pathlib import Path
 
 import pytest
 import yaml
@@ -46,6 +47,15 @@ def test_parameters_active_per_token_are_the_published_ones(name: str, billions:
         for p in model(name).graph.parameters()
     )
     assert active == pytest.approx(billions * 1e9, rel=TOLERANCE)
+
+
+def test_the_documented_table_has_every_model_and_its_parameters() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "zoo.md").read_text(encoding="utf-8")
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| `")]
+    table = {row[1].strip(" `"): float(row[3]) for row in rows if len(row) > 5}
+    assert set(table) == set(NAMES)
+    for name, parameters in table.items():
+        assert model(name).graph.parameter_count == pytest.approx(parameters, rel=0.005), name
 
 
 @pytest.mark.parametrize("name", NAMES)
