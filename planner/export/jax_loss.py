@@ -16,7 +16,7 @@ from planner.export.jax_ops import OpText, reads, statements
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
 
-LINE = 96  # columns of the generated file
+LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "w", "saved",
     *keyword.kwlist, *dir(builtins),

@@ -98,7 +98,6 @@ class _Tables:
         self.parameters = {p.name: p for p in graph.parameters()}
         self.states = states_of(graph, training)
         self.activations = self._annotated()
-        self.cotangents = {n: s for n, s in place.cotangents.items() if n in self.activations}
 
     def _annotated(self) -> dict[str, Spec]:
         """Activations with a spec; unreduced ones have no sharding that JAX can name."""
@@ -123,9 +122,6 @@ class _Tables:
             "",
             "# Shardings of activations, by name; remove a line to leave one to the compiler.",
             *_table("ACTIVATIONS", {n: partition(s) for n, s in self.activations.items()}),
-            "",
-            "# Shardings of their gradients, where they are others.",
-            *_table("GRADIENTS", {n: partition(s) for n, s in self.cotangents.items()}),
         ]
 
     def _inputs(self) -> dict[str, Tensor]:
@@ -226,28 +222,17 @@ def annotate(x, where, mesh=None):
     if mesh is None:
         return x
     if isinstance(where, P):
-        return _placed(x, NamedSharding(mesh, where), None)
+        return _copy(x, NamedSharding(mesh, where))
     spec = ACTIVATIONS[where] if where in ACTIVATIONS else PARAMETERS[where][2]
-    own = NamedSharding(mesh, P(*spec[len(spec) - x.ndim :]))
-    return _placed(x, own, NamedSharding(mesh, GRADIENTS[where]) if where in GRADIENTS else own)
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec[len(spec) - x.ndim :])))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _placed(x, sharding, gradient_sharding):
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copy(x, sharding):
     return lax.with_sharding_constraint(x, sharding)
 
 
-def _placed_forward(x, sharding, gradient_sharding):
-    return _placed(x, sharding, gradient_sharding), None
-
-
-def _placed_backward(sharding, gradient_sharding, _, g):
-    if gradient_sharding is not None:
-        g = lax.with_sharding_constraint(g, gradient_sharding)
-    return (g,)
-
-
-_placed.defvjp(_placed_forward, _placed_backward)
+_copy.defvjp(lambda x, sharding: (_copy(x, sharding), None), lambda sharding, _, g: (g,))
 '''
 
 _ONE_STEP = '''

@@ -1,6 +1,8 @@
-"""Where a plan puts what a generated program can name: tensors, copies that ops read, cotangents.
+"""Where a plan puts what a generated program can name: tensors, and copies that ops read.
 
-Read off a Result; how it is written is in `jax_program.py`.
+Read off a Result; how it is written is in `jax_program.py`. Gradients are not named: JAX shards
+an activation's gradient like the activation, and asking for something else between two ops that
+agree makes the compiler replicate whole batches on the way (seen on a 480B encoder).
 """
 
 from __future__ import annotations
@@ -18,18 +20,16 @@ Use = tuple[str, int]  # (name of an op, position of an operand)
 @dataclass(frozen=True)
 class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
-    instead, if its operand is resharded for it. `cotangents`: where the gradient of an
-    activation lies, if not like the activation."""
+    instead, if its operand is resharded for it."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Spec] = field(default_factory=dict)
-    cotangents: Mapping[str, Spec] = field(default_factory=dict)
 
 
 def placement(result: Result) -> Placement:
     """The plan's placement. Copies are named for products only: what element-wise ops read, the
     compiler decides well by itself."""
-    return Placement(result.specs, _uses(result), _cotangents(result))
+    return Placement(result.specs, _uses(result))
 
 
 def _uses(result: Result) -> dict[Use, Spec]:
@@ -42,13 +42,4 @@ def _uses(result: Result) -> dict[Use, Spec]:
             spec = choice.operand(op.rule, i)
             if not spec.partial and spec != result.specs.get(name):
                 found[op.name, i] = spec
-    return found
-
-
-def _cotangents(result: Result) -> dict[str, Spec]:
-    found = {}
-    for tensor, cotangent in result.graph.cotangents.items():
-        spec = result.specs.get(cotangent)
-        if spec is not None and not spec.partial and spec != result.specs.get(tensor):
-            found[tensor] = spec
     return found

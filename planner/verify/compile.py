@@ -1,4 +1,4 @@
-"""Runs a backend's compiler on a generated program, in a process and, if asked, a Python of its own.
+"""Runs a backend's compiler on a generated program, in a process (and a Python) of its own.
 
 The process is `worker.py`; request and answer are JSON files in a temporary folder.
 """
@@ -26,6 +26,12 @@ TAIL = 12  # lines of a failed compiler's output that are shown
 # Extra and module that a backend needs besides jax.
 _NEEDS = {"cpu": ("jax", "jax"), "tpu": ("libtpu", "shardplan[tpu]"),
           "gpu": ("jax_cuda12_plugin", "shardplan[gpu]")}  # fmt: skip
+# Wordings of older and newer libtpu, and of the GPU's allocator.
+_NEEDED = (
+    r"Used ([\d.]+)([KMGT]?)i?B? of",
+    r"required for [\w ]*\(([\d.]+)([KMGT]?)",
+    r"allocate ([\d.]+) ?([KMGT]?)i?B",
+)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -93,7 +99,8 @@ def _run(goal: Target, interpreter: str, folder: Path, timeout_s: float) -> dict
             capture_output=True, check=False,
         )  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise BackendError(f"the {goal.backend} compiler took more than {timeout_s:.0f} s") from None
+        text = f"the {goal.backend} compiler took more than {timeout_s:.0f} s"
+        raise BackendError(text) from None
     except OSError as error:
         raise BackendError(f"cannot run {interpreter}: {error.strerror}") from None
     if done.returncode != 0:
@@ -149,8 +156,10 @@ def _compiled(goal: Target, answer: Mapping[str, Any], hlo: str) -> Compiled:
 
 
 def needed_bytes(message: str) -> int | None:
-    """Bytes that a RESOURCE_EXHAUSTED message says the program needs."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?)i?B? of", message)
-    if found is None:
-        found = re.search(r"(?:allocate|requires?|needs?) ([\d.]+) ?([KMGT]?)i?B", message)
-    return round(float(found[1]) * _UNITS[found[2]]) if found else None
+    """Bytes that a RESOURCE_EXHAUSTED message says the program needs (at least: some count only
+    temporaries)."""
+    for pattern in _NEEDED:
+        found = re.search(pattern, message)
+        if found:
+            return round(float(found[1]) * _UNITS[found[2]])
+    return None

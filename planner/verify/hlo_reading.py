@@ -44,6 +44,7 @@ class Executed:
     op_name: str = ""
     asynchronous: bool = False
     window: str = ""  # the collective whose place a windowed einsum's permutes take
+    chain: str = ""  # the TPU compiler's fusions that carry out one collective piece by piece
 
     @property
     def phase(self) -> str:
@@ -95,6 +96,7 @@ class _Reader:
             total = Reading()
             for instruction in computation.instructions:
                 total.add(self.instruction(computation, instruction), 1)
+            total.collectives = _once_per_chain(total.collectives)
             self.done[name] = total
         return self.done[name]
 
@@ -158,9 +160,12 @@ class _Reader:
         if size == 1 and kind != "collective-permute":
             return Reading()  # a group of one moves nothing
         found = Reading(cycles=float(i.estimated_cycles))
-        asynchronous = i.opcode.endswith("-start")
+        chain = re.search(r'chain_id="(\d+)"', i.rest)
+        asynchronous = i.opcode.endswith("-start") or chain is not None
+        window = _window_of(scope, i) if kind == "collective-permute" else ""
+        own = f"{chain[1]}/{i.attribute('channel_id')}" if chain else ""
         found.collectives.append(
-            Executed(kind, axes, total, 1, i.name, i.op_name, asynchronous, _window_of(scope))
+            Executed(kind, axes, total, 1, i.name, i.op_name, asynchronous, window, own)
         )
         return found
 
@@ -204,10 +209,33 @@ class _Reader:
         return 0.0
 
 
-def _window_of(scope: Computation) -> str:
-    """What the loop of a windowed einsum stands for, from the name XLA gives its body."""
-    found = re.search(r"windowed_dot_general_body_(ag|rs)", scope.name)
-    return {"ag": "all-gather", "rs": "reduce-scatter"}[found[1]] if found else ""
+def _once_per_chain(collectives: Sequence[Executed]) -> list[Executed]:
+    """The start, the steps beside other work, and the end of one collective are one."""
+    seen: set[str] = set()
+    kept = []
+    for c in collectives:
+        if not c.chain or c.chain not in seen:
+            kept.append(c)
+            seen.add(c.chain)
+    return kept
+
+
+def _window_of(scope: Computation, i: Instruction) -> str:
+    """What a permute of a decomposed matmul stands for, else "".
+
+    XLA names the loop's body after it. Unrolled, a reduce-scatter sends sums (the first ones
+    zero) and an all-gather the operand as it is.
+    """
+    body = re.search(r"windowed_dot_general_body_(ag|rs)", scope.name)
+    if body:
+        return {"ag": "all-gather", "rs": "reduce-scatter"}[body[1]]
+    if not i.op_name.endswith("dot_general"):
+        return ""
+    sent = scope.by_name[i.operands[0]]
+    while sent.opcode in ("get-tuple-element", "bitcast", "copy"):
+        sent = scope.by_name[sent.operands[0]]
+    sums = sent.opcode in ("broadcast", "add") or "add" in sent.name
+    return "reduce-scatter" if sums else "all-gather"
 
 
 def _phase(i: Instruction) -> str:

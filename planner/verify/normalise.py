@@ -3,8 +3,9 @@
 Applied to predicted and compiled collectives alike, before they are compared:
 
 1. all-reduce = reduce-scatter + all-gather of the same payload.
-2. A matmul decomposed over a ring of permutes (XLA's windowed einsum) = the all-gather or
-   reduce-scatter that it replaces; the sum of what it sends is the payload.
+2. A matmul decomposed over a ring of n permutes (XLA's windowed einsum) = the all-gather or
+   reduce-scatter that it replaces. For a gather it sends n - 1 shards, for a reduce-scatter
+   n + 1: it sums up in both directions at once and brings the halves together at the end.
 3. A gather over several mesh axes = gathers over one axis after the other, last axis first;
    a reduce-scatter the other way round.
 4. Combined collectives = the sum of their payloads; counts are not compared.
@@ -18,6 +19,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
 
 @dataclass(frozen=True)
@@ -37,19 +39,22 @@ def normalised(moves: Iterable[Moved], sizes: Mapping[str, int]) -> Totals:
     """Bytes by (kind, axes) in the one form."""
     found: Totals = defaultdict(float)
     for move in moves:
-        for part in _without_all_reduce(move):
+        for part in _in_two_kinds(move, sizes):
             for kind, axes, total in _one_axis_each(part, sizes):
                 found[kind, axes] += total
     return dict(found)
 
 
-def _without_all_reduce(move: Moved) -> list[Moved]:
+def _in_two_kinds(move: Moved, sizes: Mapping[str, int]) -> list[Moved]:
+    """Reductions and decomposed matmuls as gathers and scatters."""
     if move.kind == "all-reduce":
         return [
             Moved(kind, move.axes, move.total_bytes) for kind in ("reduce-scatter", "all-gather")
         ]
     if move.kind == "collective-permute" and move.window:
-        return [Moved(move.window, move.axes, move.total_bytes)]
+        n = prod(_size(axis, sizes) for axis in move.axes)
+        sent = n - 1 if move.window == "all-gather" else n + 1
+        return [Moved(move.window, move.axes, move.total_bytes * n / sent)]
     return [move]
 
 
@@ -59,7 +64,8 @@ def _one_axis_each(
     """A payload of b over (x, y): b over x, and b / |x| over y."""
     if move.kind not in ("all-gather", "reduce-scatter"):
         return [(move.kind, move.axes, move.total_bytes)]
-    found, total = [], move.total_bytes
+    found: list[tuple[str, tuple[str, ...], float]] = []
+    total = move.total_bytes
     for axis in move.axes:
         found.append((move.kind, (axis,), total))
         total /= _size(axis, sizes)

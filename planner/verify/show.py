@@ -66,13 +66,15 @@ def verdict(v: Verification) -> str:
     wrong = [r.name for r in v.judged if r.exceeded]
     if wrong:
         return f"verdict: no: beyond the threshold: {', '.join(wrong)}"
+    if v.compiled.status == "exhausted":
+        return "verdict: yes: predicted not to fit, and it does not"
     return f"verdict: yes: {sum(r.threshold is not None for r in v.judged)} figures agree"
 
 
 def _needed(v: Verification) -> str:
     if v.compiled.needed_bytes is None:
         return ""
-    return f": it needs {_amount(v.compiled.needed_bytes, 'B')} of {_amount(v.limit_bytes, 'B')}"
+    return f": it needs at least {_amount(v.compiled.needed_bytes, 'B')} of {_amount(v.limit_bytes, 'B')}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
@@ -89,10 +91,9 @@ def _table(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
 
 def _cells(r: Row) -> tuple[str, str, str, str, str]:
     error = r.error
-    if error is None:
-        shown = "-"
-    else:
-        shown = "only predicted" if error == float("inf") else f"{error:+.1%}"
+    shown = "-" if error is None else f"{error:+.1%}"
+    if error == float("inf"):
+        shown = "only predicted"
     mark = "" if r.threshold is None else ("> " if r.exceeded else "≤ ") + f"{r.threshold:.0%}"
     return r.name, _amount(r.predicted, r.unit), _amount(r.compiled, r.unit), shown, mark
 

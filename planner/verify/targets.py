@@ -80,8 +80,12 @@ def _tpu(mesh: LogicalMesh) -> Target:
     if generation == "v4":
         host = [min(n, h) for n, h in zip(dims, _V4_HOST, strict=True)]
         topology.update(_MEGACORE, chips_per_host_bounds=host)
-    # JAX itself runs on the CPU; libtpu must not look for a metadata server.
-    return Target("tpu", topology, {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"})
+    # JAX itself runs on the CPU; libtpu must not look for a metadata server, and may be loaded by
+    # several compilers at once: none of them holds a TPU.
+    environment = {
+        "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    }  # fmt: skip
+    return Target("tpu", topology, environment)
 
 
 # ---- GPU -----------------------------------------------------------------------------------------

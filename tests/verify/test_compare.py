@@ -76,11 +76,13 @@ def test_gather_over_two_axes_is_two_gathers() -> None:
 
 
 def test_windowed_einsum_is_the_collective_it_replaces() -> None:
-    ring = [Moved("collective-permute", ("y",), 6.0, "all-gather")]
-    assert normalised(ring, SIZES) == {("all-gather", ("y",)): 6.0}
-    assert normalised([Moved("collective-permute", ("y",), 6.0)], SIZES) == {
-        ("collective-permute", ("y",)): 6.0
-    }
+    """Over 4 devices a gather of 32 bytes sends 3 shards, a reduce-scatter 5."""
+    gather = [Moved("collective-permute", ("y",), 24.0, "all-gather")]
+    assert normalised(gather, SIZES) == {("all-gather", ("y",)): 32.0}
+    scatter = [Moved("collective-permute", ("y",), 40.0, "reduce-scatter")]
+    assert normalised(scatter, SIZES) == {("reduce-scatter", ("y",)): 32.0}
+    other = [Moved("collective-permute", ("y",), 6.0)]
+    assert normalised(other, SIZES) == {("collective-permute", ("y",)): 6.0}
 
 
 MOVES = st.builds(
@@ -150,6 +152,8 @@ def test_unsuitable_backends(
         ("RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.48G hbm.",
          int(20.5 * 2**30)),
         ("RESOURCE_EXHAUSTED: Used 512.0M of 100M", 512 * 2**20),
+        ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: the total memory required for HLO "
+         "temporaries (31.50G) exceeds available HBM (15.75G).", int(31.5 * 2**30)),
         ("RESOURCE_EXHAUSTED: no figures", None),
     ],
 )  # fmt: skip
@@ -204,10 +208,29 @@ def test_cpu_compiler_agrees_on_flops() -> None:
 @pytest.mark.compiler
 @pytest.mark.parametrize("topology", ["tpu-v3:2x2", "tpu-v4:2x2x2", "tpu-v5e:2x4"])
 def test_tpu_compiler_agrees(topology: str) -> None:
+    """Batch large enough that the natural plan gathers weights and leaves the batch split."""
     pytest.importorskip("libtpu")
-    result = price_annotations(mlp(scale=8), mesh(topology), PINS)
+    result = price_annotations(mlp(batch=32768, width=4096), mesh(topology), PINS)
     v = verify(result)
-    assert v.ok, text(v)
+    exact = [r for r in v.rows if r.name in ("arguments", "FLOPs per device")]
+    assert len(exact) == 2
+    assert all(r.error == pytest.approx(0, abs=0.001) for r in exact), text(v)
+    judged = [r for r in v.collectives if r.threshold is not None]
+    assert len(judged) == 4
+    assert all(r.error == pytest.approx(0, abs=0.01) for r in judged), text(v)
+
+
+@pytest.mark.compiler
+def test_out_of_memory_is_an_answer() -> None:
+    """A batch that no v5e device holds: the compiler says how much it needs."""
+    pytest.importorskip("libtpu")
+    result = price_annotations(mlp(batch=2**20, width=8192), mesh("tpu-v5e:2x4"), PINS)
+    v = verify(result)
+    assert v.compiled.status == "exhausted"
+    assert v.compiled.needed_bytes is not None
+    assert v.compiled.needed_bytes > v.limit_bytes
+    assert v.ok is not result.fits
+    assert "ran out of memory" in text(v)
 
 
 @pytest.mark.compiler

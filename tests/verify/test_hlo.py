@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from verify_support import BATCH, FLOPS, HIDDEN, LAYERS, WIDTH
 
+from planner.verify.compare import compiled_moves
 from planner.verify.hlo import HloError, arrays, parse, replica_groups, trip_count
 from planner.verify.hlo_reading import Reading, read
+from planner.verify.normalise import normalised
 
 DATA = Path(__file__).parent / "data"
 MESH = (("x", 2), ("y", 4))
@@ -48,6 +50,18 @@ def test_tpu_collectives_with_trip_counts(name: str) -> None:
         ("reduce-scatter", ("x",)): LAYERS * 2 * weight,
         ("all-reduce", ("x", "y")): 4,  # the loss
     }
+
+
+def test_decomposed_matmuls_and_asynchronous_fusions() -> None:
+    """v5e, batch 32768, width 4096: permutes stand for gathers and scatters over y, and gathers
+    carried out by several fusions count once."""
+    r = reading("tpu-v5e")
+    activation, weight = 32768 // 2 * 4096 * 2, 4096 * 8192 // 4 * 2
+    found = normalised(compiled_moves(r.collectives), dict(MESH))
+    assert found["all-gather", ("y",)] == pytest.approx(LAYERS * 3 * activation)
+    assert found["reduce-scatter", ("y",)] == pytest.approx(LAYERS * 2 * activation)
+    assert found["all-gather", ("x",)] == pytest.approx(LAYERS * 4 * weight)
+    assert {c.window for c in r.collectives} == {"", "all-gather", "reduce-scatter"}
 
 
 def test_phases_of_collectives() -> None:

@@ -15,9 +15,8 @@ LAYERS, BATCH, WIDTH, HIDDEN = 3, 512, 1024, 2048
 FLOPS = LAYERS * 7 * 2 * BATCH * WIDTH * HIDDEN
 
 
-def mlp(scale: int = 1) -> Model:
-    """`scale` multiplies every size (FLOPs: to the third power)."""
-    batch, width, hidden = BATCH * scale, WIDTH * scale, HIDDEN * scale
+def mlp(batch: int = BATCH, width: int = WIDTH) -> Model:
+    hidden = width * HIDDEN // WIDTH
     b = Builder()
     x = b.input("x", (batch, width), ("B", "D"), "bf16")
     r = b.repeat("layers", LAYERS)
@@ -65,6 +64,6 @@ def trimmed(hlo: str) -> str:
             line = line.replace(config[0], short)
         line = re.sub(r"\{\d[\d,]*:[^}]*\}", "", line)  # layouts
         line = re.sub(r'metadata=\{[^}]*?(op_name="[^"]*")?[^}]*\}', r"metadata={\1}", line)
-        line = re.sub(r', frontend_attributes=\{[^}]*\}', "", line)
+        line = re.sub(r', frontend_attributes=\{(chain_id="\d+")?[^}]*\}', r", \1", line)
         kept.append(line)
     return "\n".join(line for line in kept if line.strip()) + "\n"
