@@ -28,14 +28,15 @@ def presolve(work: Work, *, out_of_time: Callable[[], bool] = lambda: False) -> 
     seen: Edges = {}
     paired: dict[int, int] = {}
     before = np.inf
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         work.trim_time()
         work.drop_crowded()
         if not work.dirty:
             break
         _shrink(work, seen, out_of_time)
         labels = _labels(work)
-        if out_of_time() or labels > before * STILL_SHRINKING:
+        last = turn == ROUNDS - 1  # forbidden pairs must be followed by the edge rules
+        if last or out_of_time() or labels > before * STILL_SHRINKING:
             break
         before = labels
         _forbid(work, paired, out_of_time)
