@@ -92,8 +92,8 @@ def test_gzip_is_recognised_by_content(tmp_path: Path) -> None:
 
 
 def test_equal_arrays_are_stored_once_and_floats_that_are_whole_are_integers() -> None:
-    text = json.dumps(toy(nodes__costs=[[1e3], [7, 7], [7, 7, 7]], nodes__usages=[[1]] + [[7, 7]]
-                          + [[7, 7, 7]]))  # fmt: skip
+    usages = [[1], [7, 7], [7, 7, 7]]
+    text = json.dumps(toy(nodes__costs=[[1e3], [7, 7], [7, 7, 7]], nodes__usages=usages))
     raw = parse(text.encode(), "text")
     assert raw.costs[1] is raw.usages[1]
     assert raw.costs[0].tolist() == [1000]
