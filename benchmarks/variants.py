@@ -132,13 +132,13 @@ VARIANTS = {
 
 def text(raw: RawProblem) -> Iterator[str]:
     """The contest's JSON in pieces: a large problem never exists as one string."""
-    yield '{"problem": {"name": %s, "nodes": {"intervals": ' % json.dumps(raw.name)
+    yield '{"problem": {"name": ' + json.dumps(raw.name) + ', "nodes": {"intervals": '
     yield json.dumps(raw.intervals.tolist())
     yield from _lists(', "costs": ', raw.costs)
     yield from _lists(', "usages": ', raw.usages)
     yield '}, "edges": {"nodes": ' + json.dumps(raw.edges.tolist())
     yield from _lists(', "costs": ', raw.edge_costs)
-    yield '}, "usage_limit": %d}}\n' % raw.usage_limit
+    yield '}, "usage_limit": ' + str(raw.usage_limit) + "}}\n"
 
 
 def _lists(head: str, arrays: list[Ints]) -> Iterator[str]:
@@ -150,9 +150,12 @@ def _lists(head: str, arrays: list[Ints]) -> Iterator[str]:
 
 def main(kind: str, source: str, target: str) -> None:
     raw = VARIANTS[kind](read(Path(source)))
-    opened = gzip.open(target, "wt", 1) if target.endswith(".gz") else open(target, "w")
-    with opened as file:
-        file.writelines(text(raw))
+    if target.endswith(".gz"):
+        with gzip.open(target, "wt", compresslevel=1) as packed:
+            packed.writelines(text(raw))
+        return
+    with open(target, "w") as plain:
+        plain.writelines(text(raw))
 
 
 if __name__ == "__main__":

@@ -46,12 +46,12 @@ class Search:
 
 def search(
     work: Work, *, clock: Clock = UNLIMITED, nodes: int | None = None,
-    start: Ints | None = None, upper: float = np.inf, seed: int = 0, cores: bool = True,
+    start: Ints | None = None, upper: float = np.inf, seed: int = 0, grow: bool = True,
 ) -> Search:  # fmt: skip
     """Optimum of `work` or the best that the limits allow.
 
     With `upper` only choices of at most that cost are wanted: "infeasible" then means that
-    there is none. `cores` False goes straight to branch and bound after the relaxation.
+    there is none. `grow` False allows only a core that holds the proof at once.
     """
     linear = linearise(work)
     profile = Profile(work)
@@ -70,8 +70,8 @@ def search(
     bound = -np.inf if root is None else root.bound
     if bound > upper:
         return Search("infeasible", None, bound)
-    if root is not None and cores:
-        found = _by_cores(model, profile, root, clock, nodes, upper, seed)
+    if root is not None:
+        found = _by_cores(model, profile, root, clock, nodes, upper, seed, grow)
         if found is not None:
             return found
     return _whole(model, profile, clock, nodes, start, upper, bound)
@@ -98,7 +98,7 @@ def _whole(
 
 def _by_cores(
     model: Milp, profile: Profile, root: Answer, clock: Clock, nodes: int | None, upper: float,
-    seed: int,
+    seed: int, grow: bool,
 ) -> Search | None:  # fmt: skip
     """Cores of growing width until one holds the proof; None where they stop being small."""
     work, linear = model.work, model.linear
@@ -109,8 +109,9 @@ def _by_cores(
         return Search("optimal", best, root.bound)
     slack = core.ROUNDING * abs(root.bound)
     width = core.first_width(linear, root.reduced, root.bound)
-    if np.isfinite(upper):
-        width = np.inf  # the loop takes what the known choice leaves
+    enough = upper - root.bound + slack
+    if not grow or core.share(linear, root.reduced, enough) <= LARGEST_CORE:
+        width = enough
     bound = root.bound
     known = 0
     while True:
@@ -153,8 +154,7 @@ def _core(
     try:
         part = core.cut(work, linear, reduced, width)
         presolve(part, out_of_time=clock.over)
-        known = bool(np.isfinite(upper))
-        found = search(part, clock=clock, nodes=nodes, upper=upper, seed=seed, cores=known)
+        found = search(part, clock=clock, nodes=nodes, upper=upper, seed=seed, grow=False)
     except Infeasible:
         return Search("infeasible", None, np.inf)
     choice = None if found.choice is None else part.expand(found.choice)
