@@ -22,9 +22,9 @@ _COMMENT_COLUMN = 28
 _HEAD = """\
 # {title}. Plan it with: plan FILE
 name: my-{kind}
-mesh: {{topology: "tpu-v5e:16x16"}}  # `plan meshes` lists machines; shape: {{x: 16, y: 16}} fixes it
+mesh: {{topology: "{topology}"}}  # `plan meshes` lists machines; shape: {{x: …, y: …}} fixes axes
 training:
-  batch: 256                # {examples} per step
+  {batch:<24}# {examples} per step
   optimizer: adamw          # sgd, momentum, adam, adamw, adafactor
   compute: bf16             # type of matrix products
   remat: full               # none, full, dots, attention: what the backward pass recomputes
@@ -57,22 +57,31 @@ def kinds() -> tuple[str, ...]:
 def text(kind: str) -> str:
     """The starter of an architecture, or of `graph`. InputError for another kind."""
     if kind == GRAPH:
-        head = _HEAD.format(title="A model of your own", kind="model", examples="sequences")
-        return head.replace("batch: 256 ", "batch: B   ") + _GRAPH
+        title = "A model of your own"
+        return _head(title, "model", "sequences", "tpu-v5e:4x4", "B") + _GRAPH
     if kind not in ARCHITECTURES:
         near = nearest(kind, kinds(), 1)
         hint = f"did you mean {near[0]}?" if near else f"kinds: {', '.join(kinds())}"
         raise InputError(f"no kind of model {kind!r}", hint)
-    example, settings = _example(kind)
+    example = _example(kind)
+    settings = {k: v for k, v in example["architecture"].items() if k != "kind"}
     words = "sequences" if "sequence" in settings else "examples"
-    title = f"A model of kind {kind}, with the numbers of {example}"
+    title = f"A model of kind {kind}, with the numbers of {example['name']}"
+    head = _head(title, kind, words, example["mesh"]["topology"], example["training"]["batch"])
     lines = ["architecture:", f"  kind: {kind}"]
     lines += [_line(name, field, settings) for name, field in _fields(kind).items()]
-    return _HEAD.format(title=title, kind=kind, examples=words) + "\n".join(lines) + "\n"
+    return head + "\n".join(lines) + "\n"
+
+
+def _head(title: str, kind: str, examples: str, topology: str, batch: object) -> str:
+    return _HEAD.format(
+        title=title, kind=kind, examples=examples, topology=topology, batch=f"batch: {batch}"
+    )
 
 
 def _fields(kind: str) -> Mapping[str, Any]:
-    return ARCHITECTURES[kind].model_fields
+    fields = ARCHITECTURES[kind].model_fields
+    return {name: field for name, field in fields.items() if name != "kind"}
 
 
 def _line(name: str, field: Any, settings: Mapping[str, Any]) -> str:
@@ -84,10 +93,10 @@ def _line(name: str, field: Any, settings: Mapping[str, Any]) -> str:
     return f"{line:<{_COMMENT_COLUMN}}# {field.description}" if field.description else line
 
 
-def _example(kind: str) -> tuple[str, Mapping[str, Any]]:
-    """(name, architecture settings) of the first built-in model of that kind."""
-    for name in zoo.names():
-        settings = yaml.safe_load(zoo.text(name)).get("architecture", {})
-        if settings.get("kind") == kind:
-            return name, {key: value for key, value in settings.items() if key != "kind"}
-    raise InputError(f"there is no example of kind {kind!r} yet", "docs/model-files.md has its keys")
+def _example(kind: str) -> Mapping[str, Any]:
+    """The smallest built-in model of that kind, as plain data."""
+    files = [yaml.safe_load(zoo.text(name)) for name in zoo.names()]
+    same = [f for f in files if f.get("architecture", {}).get("kind") == kind]
+    if not same:
+        raise InputError(f"no built-in model is of kind {kind!r}", "docs/model-files.md has its keys")
+    return min(same, key=lambda f: float(f.get("published_parameters", "inf")))
