@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from time import monotonic
 
 from costmodels.memory import Memory, read_memory
 from costmodels.program import Program
@@ -30,6 +31,8 @@ from planner.tying import tied_annotation, tied_meshes, untied
 
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
+WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
+LEAST_TIME_S = 1.0  # given to a solve that starts late
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 OVERLAP_WEIGHTS = (1.0, 0.5, 0.2)  # what a second of communication counts, where it may be hidden
 LEAST_MEMORY_ROUNDS = 12
@@ -115,6 +118,7 @@ class _Planning:
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
+    began: float = field(default_factory=monotonic)
 
     def __post_init__(self) -> None:
         self.say("deriving the training step")
@@ -162,6 +166,7 @@ class _Planning:
             self.say(f"tying axes {pair[0]} and {pair[1]}")
             tied = tied_annotation(self.annotation, pair)
             planning = _Planning(self.model, mesh, self.options, tied, self.progress)
+            planning.began = self.began
             result = planning.best()
             found.append((result.timing.step_time_s, untied(result.plan, pair, self.mesh)))
         if not found:
@@ -226,9 +231,15 @@ class _Planning:
         problem = self.space.problem(limit, self.active, weights)
         self.say(f"solving for {problem.size} decisions")
         return solve(
-            problem, backend=self.options.backend, time_limit=self.options.time_limit_s,
-            seed=self.options.seed,
+            problem, backend=self.options.backend, time_limit=self.time_left(),
+            work_limit=WORK_LIMIT, seed=self.options.seed,
         )  # fmt: skip
+
+    def time_left(self) -> float | None:
+        """What is left of the time limit, which is for the whole of planning."""
+        if self.options.time_limit_s is None:
+            return None
+        return max(LEAST_TIME_S, self.options.time_limit_s - (monotonic() - self.began))
 
     def infeasible(self) -> Infeasible:
         """The plan of least memory (multiplicative weights over the constrained steps)."""
