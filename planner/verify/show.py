@@ -74,7 +74,8 @@ def verdict(v: Verification) -> str:
 def _needed(v: Verification) -> str:
     if v.compiled.needed_bytes is None:
         return ""
-    return f": it needs at least {_amount(v.compiled.needed_bytes, 'B')} of {_amount(v.limit_bytes, 'B')}"
+    needed, limit = _amount(v.compiled.needed_bytes, "B"), _amount(v.limit_bytes, "B")
+    return f": it needs at least {needed} of {limit}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
