@@ -109,7 +109,12 @@ def _plan_one(
 
 
 def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
-    """Plans both ends of the range of every assumed parameter, on the mesh of `planned`."""
+    """Plans both ends of the range of every assumed parameter, on the mesh of `planned`.
+
+    Nothing where `planned` does not fit: then utilization is not the question.
+    """
+    if not planned.result.fits:
+        return []
     shape = planned.stamp.shape_text
     found = []
     for assumed in planned.result.model.assumed:
