@@ -6,8 +6,12 @@ kernels and equal moves are priced once per mesh.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
 
 from costmodels.collectives import collective_seconds
 from costmodels.compute import matmul_seconds, stream_seconds
@@ -25,6 +29,27 @@ def kernel_seconds(chip: Chip, kernel: Kernel) -> float:
     if kernel.bytes == 0:
         return 0.0
     return float(stream_seconds(chip, kernel.bytes, kernel.vector_flops))
+
+
+def many_kernel_seconds(chip: Chip, kernels: Sequence[Kernel]) -> NDArray[np.float64]:
+    """`kernel_seconds` of each, priced together: what a search over many choices calls."""
+    seconds = np.zeros(len(kernels))
+    matmuls: dict[str, list[int]] = {}
+    streams = []
+    for i, kernel in enumerate(kernels):
+        if kernel.matmul is not None:
+            matmuls.setdefault(kernel.dtype, []).append(i)
+        elif kernel.bytes:
+            streams.append(i)
+    for dtype, rows in matmuls.items():
+        batch, m, n, k = np.array([kernels[i].matmul for i in rows], dtype=float).T
+        seconds[rows] = matmul_seconds(chip, batch, m, n, k, dtype)
+    if streams:
+        moved = np.array([kernels[i].bytes for i in streams])
+        seconds[streams] = stream_seconds(
+            chip, moved, np.array([kernels[i].vector_flops for i in streams])
+        )
+    return seconds
 
 
 def move_seconds(

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-
-import numpy as np
+from functools import cached_property
 
 from costmodels.memory import Memory, read_memory
 from costmodels.program import Program
@@ -25,12 +24,16 @@ from planner.pins import Annotation, pinned_specs
 from planner.plan import Plan, Proof
 from planner.result import Result
 from planner.sharding.flow import Flow, build_flow
-from planner.sharding.formulate import Space
+from planner.sharding.formulate import Space, least_compute, mesh_resharder
+from planner.sharding.reshard import Resharder
+from planner.tying import tied_annotation, tied_meshes, untied
 
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
+EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 OVERLAP_WEIGHTS = (1.0, 0.5, 0.2)  # what a second of communication counts, where it may be hidden
 LEAST_MEMORY_ROUNDS = 12
+LEAST_MEMORY_GAP = 0.01
 
 Progress = Callable[[str], None]
 
@@ -118,8 +121,6 @@ class _Planning:
         self.graph = training_step(self.model, keep=tuple(self.annotation))
         sizes = dict(self.mesh.axes)
         self.flow = build_flow(self.graph, pinned_specs(self.graph, self.annotation, sizes))
-        self.say("pricing choices")
-        self.space = Space(self.flow, self.mesh)
         limit = self.options.memory_bytes
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
 
@@ -127,9 +128,20 @@ class _Planning:
         if self.progress is not None:
             self.progress(text)
 
+    @cached_property
+    def space(self) -> Space:
+        self.say("pricing choices")
+        return Space(self.flow, self.mesh)
+
+    @cached_property
+    def resharder(self) -> Resharder:
+        return mesh_resharder(self.mesh)
+
     # ---- entry points ---------------------------------------------------------------------
 
     def best(self) -> Result:
+        if sum(size > 1 for _, size in self.mesh.axes) > EXACT_AXES:
+            return self.tied()
         overlapping = bool(self.mesh.chip.overlap)
         found: list[_Candidate] = []
         proofs: list[Proof] = []
@@ -139,15 +151,39 @@ class _Planning:
             proofs.append(candidate.plan.proof)
         fastest = min(found, key=lambda c: c.timing.step_time_s)
         # The proof concerns the unweighted surrogate.
-        plan = replace(fastest.plan, proof=replace(proofs[0], seconds=sum(p.seconds for p in proofs)))
+        proof = replace(proofs[0], seconds=sum(p.seconds for p in proofs))
+        plan = replace(fastest.plan, proof=proof)
         return self.result(replace(fastest, plan=plan))
+
+    def tied(self) -> Result:
+        """Of the plans that tie two axes the fastest; the bound is that of the computation."""
+        found = []
+        for pair, mesh in tied_meshes(self.mesh, self.annotation):
+            self.say(f"tying axes {pair[0]} and {pair[1]}")
+            tied = tied_annotation(self.annotation, pair)
+            planning = _Planning(self.model, mesh, self.options, tied, self.progress)
+            result = planning.best()
+            found.append((result.timing.step_time_s, untied(result.plan, pair, self.mesh)))
+        if not found:
+            raise Unsolved(
+                f"a mesh of more than {EXACT_AXES} axes is planned with two of them tied, "
+                "but the constraints separate every pair"
+            )
+        plan = min(found, key=lambda entry: entry[0])[1]
+        bound = least_compute(self.flow, self.mesh)
+        objective = plan.proof.objective_s
+        gap = (objective - bound) / objective
+        seconds = sum(p.proof.seconds for _, p in found)
+        return self.result(
+            self.lowered(replace(plan, proof=Proof("heuristic", objective, bound, gap, seconds)))
+        )
 
     def unlimited(self) -> Result:
         outcome = self.solved(None, 1.0)
         return self.result(self.candidate(outcome, "given"))
 
     def read(self, plan: Plan) -> Result:
-        expected = {str(name) for kind, name in self.space.keys if kind == "op"}
+        expected = {site.op.origin or name for name, site in self.flow.sites.items()}
         if set(plan.choices) != expected or len(plan.homes) != len(self.flow.homes):
             raise ValueError("the plan does not belong to this model")
         if plan.axes != self.mesh.axes:
@@ -198,10 +234,14 @@ class _Planning:
         """The plan of least memory (multiplicative weights over the constrained steps)."""
         self.say("nothing fits: looking for the plan of least memory")
         weights = dict.fromkeys(self.active, 1.0)
-        found = []
+        found: list[_Candidate] = []
         for _ in range(LEAST_MEMORY_ROUNDS):
-            problem = self.space.memory_problem(weights)
-            found.append(self.candidate(solve(problem, seed=self.options.seed), "infeasible"))
+            outcome = solve(self.space.memory_problem(weights), seed=self.options.seed)
+            found.append(self.candidate(outcome, "infeasible"))
+            least = min(c.memory.peak_bytes for c in found)
+            # A peak is never below a weighted mean, whose least value this was.
+            if least * (1 - LEAST_MEMORY_GAP) <= outcome.bound / sum(weights.values()):
+                break
             weights = heavier(weights, found[-1].memory.profile)
         result = self.result(min(found, key=lambda c: c.memory.peak_bytes))
         return Infeasible(result, explain(result))
@@ -217,14 +257,14 @@ class _Planning:
         return self.lowered(self.space.plan(outcome.choice.tolist(), proof))
 
     def lowered(self, plan: Plan) -> _Candidate:
-        program = lower(self.flow, plan, self.space.resharder)
+        program = lower(self.flow, plan, self.resharder)
         return _Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
     def result(self, c: _Candidate) -> Result:
         return Result(
             self.model, self.mesh, self.graph, c.plan, c.program, c.timing, c.memory,
             count_flops(self.graph), self.limit, self.options.headroom,
-            resolve_specs(self.flow, c.plan, self.space.resharder), self.mesh.topology.notes,
+            resolve_specs(self.flow, c.plan, self.resharder), self.mesh.topology.notes,
         )  # fmt: skip
 
 
@@ -255,9 +295,10 @@ def explain(result: Result) -> tuple[str, ...]:
     gib = 2**30
     memory, training = result.memory, result.model.training
     need = memory.peak_bytes * (1 + result.headroom)
+    limit = result.limit_bytes
     lines = [
         f"does not fit: the plan of least memory found needs {need / gib:.2f} GiB per device "
-        f"(headroom {result.headroom:.0%} included), the limit is {result.limit_bytes / gib:.2f} GiB"
+        f"(headroom {result.headroom:.0%} included), the limit is {limit / gib:.2f} GiB"
     ]
     parts = sorted(memory.parts.items(), key=lambda kv: -kv[1])
     lines.append(

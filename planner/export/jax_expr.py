@@ -101,7 +101,8 @@ def promoted(dtypes: Sequence[str]) -> str:
 
 
 def number(value: float) -> str:
-    return str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(value)
+    """Whole numbers without a point, as long as JAX takes them for 32-bit integers."""
+    return str(int(value)) if abs(value) < 2**31 and value == int(value) else repr(value)
 
 
 def _wrapped(text: str, needed: bool) -> str:

@@ -16,7 +16,7 @@ from planner.export.jax_ops import OpText, reads, statements
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
 
-LINE = 96  # columns of the generated file
+LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "w", "saved",
     *keyword.kwlist, *dir(builtins),
@@ -30,6 +30,7 @@ class LossWriter:
     graph: Graph
     remat: str
     annotated: Collection[str]
+    uses: Mapping[tuple[str, int], str]  # (op, operand) → the sharding in which it is read
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -61,7 +62,7 @@ class LossWriter:
         outs = [self.tensors[n] for n in op.outs]
         targets = [self._variable(n, prefix) for n in op.outs]
         read = reads(op)
-        names = [self._operand(n) if j in read else "" for j, n in enumerate(op.ins)]
+        names = [self._read(op, j) if j in read else "" for j in range(len(op.ins))]
         lines = []
         for a in statements(OpText(op, names, targets, ins, outs)):
             code = a.code
@@ -72,6 +73,11 @@ class LossWriter:
                 code = f'saved({code}, "{self.variables[named[0]]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
         return lines
+
+    def _read(self, op: Op, j: int) -> str:
+        code = self._operand(op.ins[j])
+        use = self.uses.get((op.name, j))
+        return code if use is None else f"shard({code}, {use})"
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""

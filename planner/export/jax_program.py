@@ -14,19 +14,28 @@ from planner.export.jax_expr import JNP_DTYPES
 from planner.export.jax_loss import LossWriter, saved_names, wrapped
 from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
+from planner.export.placement import Placement, placement
 from planner.graph.core import Graph, Tensor
 from planner.model import Model, Training
+from planner.result import Result
 from planner.sharding.spec import Spec, replicated
 
 
-def jax_program(model: Model, mesh: LogicalMesh, specs: Mapping[str, Spec]) -> str:
-    """Source of the program. `specs`: parameters, states, inputs and any activations; tensors
-    without one are replicated (arguments) or left to the compiler (activations)."""
+def result_program(result: Result) -> str:
+    """Source of the program that follows a plan."""
+    return jax_program(result.model, result.mesh, placement(result))
+
+
+def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
+    """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
+    to the compiler (activations)."""
     if model.training.pipeline_microbatches > 1:
         raise ExportError("pipelined training steps cannot be written as a JAX program yet")
     graph, training = model.graph, model.training
-    tables = _Tables(graph, training, specs)
-    writer = LossWriter(graph, training.remat, set(tables.activations) | set(tables.parameters))
+    tables = _Tables(graph, training, place)
+    uses = {use: partition(spec) for use, spec in place.uses.items()}
+    annotated = {*tables.activations, *tables.parameters}
+    writer = LossWriter(graph, training.remat, annotated, uses)
     body = writer.lines()
     parts = [
         _header(model, mesh),
@@ -84,8 +93,8 @@ def _mesh_source(mesh: LogicalMesh) -> list[str]:
 class _Tables:
     """Shapes, dtypes and specs of the arguments, and specs of annotated activations."""
 
-    def __init__(self, graph: Graph, training: Training, specs: Mapping[str, Spec]) -> None:
-        self.graph, self.training, self.specs = graph, training, specs
+    def __init__(self, graph: Graph, training: Training, place: Placement) -> None:
+        self.graph, self.training, self.specs = graph, training, place.tensors
         self.parameters = {p.name: p for p in graph.parameters()}
         self.states = states_of(graph, training)
         self.activations = self._annotated()
@@ -199,18 +208,31 @@ def make_mesh(devices=None):
 
 def _position(device):
     """Physical place of a device: torus coordinates and core, or host and number."""
-    if hasattr(device, "coords"):
-        return (*device.coords, device.core_on_chip)
-    return (device.process_index, device.id)
+    core = getattr(device, "core_on_chip", None)
+    if core is None:
+        return (device.process_index, device.id)
+    return (*device.coords, core)
 
 
-def annotate(x, name, mesh=None):
-    """x with the sharding of tensor `name`; one layer's slice lies like the whole stack."""
+def annotate(x, where, mesh=None):
+    """x sharded like tensor `where` (a name), or a copy of it sharded as `where` says (a P).
+
+    One layer's slice lies like the whole stack. Gradients of copies are left to the compiler.
+    """
     if mesh is None:
         return x
-    spec = ACTIVATIONS[name] if name in ACTIVATIONS else PARAMETERS[name][2]
-    own = P(*spec[len(spec) - x.ndim :])
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, own))
+    if isinstance(where, P):
+        return _copy(x, NamedSharding(mesh, where))
+    spec = ACTIVATIONS[where] if where in ACTIVATIONS else PARAMETERS[where][2]
+    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec[len(spec) - x.ndim :])))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _copy(x, sharding):
+    return lax.with_sharding_constraint(x, sharding)
+
+
+_copy.defvjp(lambda x, sharding: (_copy(x, sharding), None), lambda sharding, _, g: (g,))
 '''
 
 _ONE_STEP = '''

@@ -34,7 +34,8 @@ def _state(b: Builder, name: str, like: Tensor, dtype: str, dims: tuple[str, ...
 
 
 def _new(b: Builder, name: str, dims: tuple[str, ...], operands: list[str], values: dict[str, ex.Expr], dtypes: list[str], roles: list[str]) -> list[str]:  # noqa: E501
-    pairs = [(o, b.lookup(o).dims) for o in operands]
+    # By position: a gradient names its dimensions as the op does that the parameter went into.
+    pairs = [(o, dims) for o in operands]
     names = list(values)
     b.map(
         name, pairs, dims, list(values.values()), dtypes=dtypes, names=names, roles=roles,

@@ -30,6 +30,8 @@ SMALL_CELLS = 150_000
 """Finite matrix entries up to which branch and bound is worth trying on the whole."""
 DUAL_SHARE = 0.15
 """Part of the time that the first ascent may take once a choice fits."""
+FIRST_SHARE = 0.1
+"""Part of the time in which the dual seeks a first choice before branch and bound."""
 PATIENCE_SHARE = 0.5
 """Part of the time after which a choice is sought by putting memory first."""
 EXACT_SHARE = 0.5
@@ -84,9 +86,14 @@ class Anytime:
             self.status = found.status
             return
         small = self.try_exact and cells(self.work) <= SMALL_CELLS
+        dual = None
+        if small and self.clock.limited:
+            # Branch and bound may find nothing for long: there must be something to write.
+            dual = Dual(self.work)
+            self._first(dual)
         if small and self._exact(self.clock.share(EXACT_SHARE)):
             return
-        dual = Dual(self.work)
+        dual = Dual(self.work) if dual is None else dual
         self._ascend(dual)
         if dual.choice is None and self.choice is None:
             self._memory_first()
@@ -113,6 +120,13 @@ class Anytime:
             return True
         self.take(None, np.inf, found.bound)
         return False
+
+    def _first(self, dual: Dual) -> None:
+        """Rounds of the dual until a choice fits."""
+        clock = self.clock.share(FIRST_SHARE)
+        while dual.choice is None and not clock.over():
+            dual.step()
+        self.take_dual(dual)
 
     def _ascend(self, dual: Dual) -> None:
         share, patience = self.clock.share(DUAL_SHARE), self.clock.share(PATIENCE_SHARE)

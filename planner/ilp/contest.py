@@ -111,8 +111,9 @@ def solve_file(
         clock = Clock.of(time_limit, stop)
         raw = read(Path(path))
         problem = as_problem(raw)
-        found = search(problem, backend, _working(clock), None, seed, None, 0.0, progress)
-    outcome = outcome_of(problem, found, None, clock)
+        working = _working(clock)
+        found = search(problem, backend, working, None, seed, None, 0.0, progress)
+        outcome = outcome_of(problem, found, None, working)
     result = _result(raw, outcome.choice, outcome.status, outcome.bound)
     result["seconds"] = clock.seconds()
     result["interrupted"] = stop.asked

@@ -11,13 +11,21 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from planner.ilp import core
 from planner.ilp.clock import Clock
-from planner.ilp.linearise import linearise
-from planner.ilp.milp import Milp
+from planner.ilp.linearise import Linear, linearise
+from planner.ilp.milp import Answer, Milp
+from planner.ilp.presolve import presolve
+from planner.ilp.problem import Vector
 from planner.ilp.profile import Profile
-from planner.ilp.work import Ints, Work
+from planner.ilp.work import Infeasible, Ints, Work
 
 UNLIMITED = Clock()
+LARGEST_CORE = 0.85
+"""A core that keeps more than this share of the columns is not worth presolving again."""
+CORE_GROWTH = 5.0
+INCUMBENTS = 1
+"""After so many cores with a choice, the next one is wide enough for the proof."""
 RELAXED_ROUNDS = 30
 CAP_SHARE = 1e-4
 """Below this share of the cap the relaxation's cost is too small beside the dearest column."""
@@ -38,12 +46,12 @@ class Search:
 
 def search(
     work: Work, *, clock: Clock = UNLIMITED, nodes: int | None = None,
-    start: Ints | None = None, upper: float = np.inf, seed: int = 0,
+    start: Ints | None = None, upper: float = np.inf, seed: int = 0, grow: bool = True,
 ) -> Search:  # fmt: skip
     """Optimum of `work` or the best that the limits allow.
 
     With `upper` only choices of at most that cost are wanted: "infeasible" then means that
-    there is none.
+    there is none. `grow` False allows only a core that holds the proof at once.
     """
     linear = linearise(work)
     profile = Profile(work)
@@ -58,13 +66,29 @@ def search(
         if upper < linear.offset:
             return Search("infeasible", None, linear.offset)
         model.set_cap(_cap(upper, linear.offset))
-    bound = _relax(model, profile, clock)
+    root = _relax(model, profile, clock)
+    bound = -np.inf if root is None else root.bound
     if bound > upper:
         return Search("infeasible", None, bound)
+    if root is not None:
+        found = _by_cores(model, profile, root, clock, nodes, upper, seed, grow)
+        if found is not None:
+            return found
+    return _whole(model, profile, clock, nodes, start, upper, bound)
+
+
+def _whole(
+    model: Milp, profile: Profile, clock: Clock, nodes: int | None, start: Ints | None,
+    upper: float, bound: float,
+) -> Search:  # fmt: skip
+    """Branch and bound on all columns, the cap raised until the proof is complete."""
+    work, linear = model.work, model.linear
     while True:
         found = _branch(model, profile, clock, nodes, start)
-        # Without a forbidden column, or at a cost within the cap, the proof is complete.
-        proven = found.status == "infeasible" and (model.everything or np.isfinite(upper))
+        # Without a forbidden column, or at a cost within the cap, the proof is complete. The
+        # relaxation may have left a cap below what is wanted.
+        wanted = _cap(upper, linear.offset) <= model.cap
+        proven = found.status == "infeasible" and (model.everything or wanted)
         enough = found.choice is not None and found.bound <= linear.offset + model.cap
         if proven or enough or found.status == "stopped":
             return Search(found.status, found.choice, _valid(model, found, bound))
@@ -72,6 +96,84 @@ def search(
             model.set_cap(model.cap * CAP_GROWTH)
         else:
             model.set_cap(_cap(work.price(found.choice), linear.offset))
+
+
+def _by_cores(
+    model: Milp, profile: Profile, root: Answer, clock: Clock, nodes: int | None, upper: float,
+    seed: int, grow: bool,
+) -> Search | None:  # fmt: skip
+    """Cores of growing width until one holds the proof; None where they stop being small."""
+    work, linear = model.work, model.linear
+    if root.columns is None or root.reduced is None:
+        return None
+    best = _integral(model, profile, root, upper)
+    if best is not None:
+        return Search("optimal", best, root.bound)
+    slack = core.ROUNDING * abs(root.bound)
+    width = core.first_width(linear, root.reduced, root.bound)
+    enough = upper - root.bound + slack
+    if not grow or core.share(linear, root.reduced, enough) <= LARGEST_CORE:
+        width = enough
+    bound = root.bound
+    known = 0
+    while True:
+        width = min(width, upper - root.bound + slack)
+        reach = root.bound + width
+        beyond = not model.everything and reach > linear.offset + model.cap
+        if beyond or core.share(linear, root.reduced, width) > LARGEST_CORE:
+            return None if best is None else _rest(model, profile, best, clock, nodes, bound)
+        found = _core(work, linear, root.reduced, width, clock, nodes, upper, seed)
+        cost = np.inf if found.choice is None else work.price(found.choice)
+        if cost <= upper:
+            best, upper = found.choice, cost
+        if found.status in ("stopped", "feasible"):
+            bound = max(bound, min(found.bound, reach))
+            return Search("stopped" if best is None else "feasible", best, min(bound, upper))
+        if upper <= reach:
+            if best is None:
+                return Search("infeasible", None, max(bound, upper))
+            return Search("optimal", best, upper)
+        bound = max(bound, reach)
+        known += int(best is not None)
+        width = np.inf if known == INCUMBENTS else width * CORE_GROWTH
+
+
+def _integral(model: Milp, profile: Profile, root: Answer, upper: float) -> Ints | None:
+    """The relaxation's choice, where it is one that fits at the relaxation's own cost."""
+    if root.columns is None:
+        return None
+    choice = model.linear.choice(root.columns, model.work.original)
+    cost = model.work.price(choice)
+    close = cost - root.bound <= core.ROUNDING * abs(root.bound)
+    return choice if close and cost <= upper and profile.fits(profile.load_of(choice)) else None
+
+
+def _core(
+    work: Work, linear: Linear, reduced: Vector, width: float, clock: Clock, nodes: int | None,
+    upper: float, seed: int,
+) -> Search:  # fmt: skip
+    """Optimum of one core below `upper`, in choices of `work`."""
+    try:
+        part = core.cut(work, linear, reduced, width)
+        presolve(part, out_of_time=clock.over)
+        found = search(part, clock=clock, nodes=nodes, upper=upper, seed=seed, grow=False)
+    except Infeasible:
+        return Search("infeasible", None, np.inf)
+    choice = None if found.choice is None else part.expand(found.choice)
+    return Search(found.status, choice, found.bound)
+
+
+def _rest(
+    model: Milp, profile: Profile, best: Ints, clock: Clock, nodes: int | None, bound: float
+) -> Search:
+    """The whole, from the best choice of a core."""
+    upper = model.work.price(best)
+    model.set_cap(_cap(upper, model.linear.offset))
+    found = _whole(model, profile, clock, nodes, best, upper, bound)
+    if found.choice is not None and model.work.price(found.choice) <= upper:
+        return found
+    status = "optimal" if found.status == "infeasible" else "feasible"
+    return Search(status, best, upper if status == "optimal" else min(found.bound, upper))
 
 
 def _cap(cost: float, offset: float) -> float:
@@ -110,28 +212,28 @@ def _branch(
         model.add_points(peaks)
 
 
-def _relax(model: Milp, profile: Profile, clock: Clock) -> float:
+def _relax(model: Milp, profile: Profile, clock: Clock) -> Answer | None:
     """Sets a first cap and adds the rows that fractional solutions overload.
 
-    Returns the bound reached, valid up to the cap.
+    Returns the last relaxation solved, whose bound is valid up to the cap.
     """
-    bound = -np.inf
+    best: Answer | None = None
     for _ in range(RELAXED_ROUNDS):
         answer = model.relax(clock=clock)
         if answer.kind == "infeasible" and not model.everything:
             model.set_cap(model.cap * CAP_GROWTH)
             continue
         if answer.kind != "optimal" or answer.columns is None:
-            return bound
+            return best
         above = answer.objective - model.linear.offset
         if above < model.cap * CAP_SHARE:
             # The dearest columns would drown the others in the tolerances: look closer.
             model.set_cap(max(above, model.cap * CAP_SHARE) * CAP_GROWTH)
             continue
-        bound = answer.bound
+        best = answer
         x = answer.columns[: profile.columns]
         new = set(profile.peaks(profile.load(x), 1e-6).tolist()) - model.points
         if not new:
-            return bound
+            return best
         model.add_points(new)
-    return bound
+    return best

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from planner.ilp.presolve_dominance import drop_dominated, forbid_pairs
+from planner.ilp.presolve_dominance import Memory, drop_dominated, forbid_pairs
 from planner.ilp.presolve_edges import drop_infinite, reduce_edge
 from planner.ilp.presolve_elimination import eliminate
 from planner.ilp.problem import Matrix
@@ -26,26 +26,30 @@ ROUNDS = 20
 def presolve(work: Work, *, out_of_time: Callable[[], bool] = lambda: False) -> None:
     """Shrinks `work` in place. Raises Infeasible when it proves that nothing fits."""
     seen: Edges = {}
+    memory = Memory()
     paired: dict[int, int] = {}
     before = np.inf
-    for _ in range(ROUNDS):
+    for turn in range(ROUNDS):
         work.trim_time()
         work.drop_crowded()
         if not work.dirty:
             break
-        _shrink(work, seen, out_of_time)
+        _shrink(work, seen, memory, out_of_time)
         labels = _labels(work)
-        if out_of_time() or labels > before * STILL_SHRINKING:
+        last = turn == ROUNDS - 1  # forbidden pairs must be followed by the edge rules
+        if last or out_of_time() or labels > before * STILL_SHRINKING:
             break
         before = labels
-        _forbid(work, paired, out_of_time)
+        _forbid(work, paired, memory, out_of_time)
 
 
 def _labels(work: Work) -> int:
     return sum(work.size(n) for n in work.nodes())
 
 
-def _shrink(work: Work, seen: Edges, out_of_time: Callable[[], bool]) -> None:
+def _shrink(
+    work: Work, seen: Edges, memory: Memory, out_of_time: Callable[[], bool]
+) -> None:  # fmt: skip
     """Edge rules first, then dominance and elimination, until no node is dirty."""
     waiting: set[int] = set()
     while work.dirty or waiting:
@@ -62,7 +66,7 @@ def _shrink(work: Work, seen: Edges, out_of_time: Callable[[], bool]) -> None:
         batch, waiting = sorted(waiting), set()
         for n in batch:
             if work.present[n] and not eliminate(work, n):
-                drop_dominated(work, n)
+                drop_dominated(work, n, memory)
 
 
 def _cheap(work: Work, n: int, seen: Edges) -> None:
@@ -83,7 +87,9 @@ def _cheap(work: Work, n: int, seen: Edges) -> None:
         seen[key] = cost
 
 
-def _forbid(work: Work, paired: dict[int, int], out_of_time: Callable[[], bool]) -> None:
+def _forbid(
+    work: Work, paired: dict[int, int], memory: Memory, out_of_time: Callable[[], bool]
+) -> None:  # fmt: skip
     """Dominated pairs; nodes whose surroundings did not change are skipped."""
     for n in work.nodes():
         if out_of_time():
@@ -91,5 +97,5 @@ def _forbid(work: Work, paired: dict[int, int], out_of_time: Callable[[], bool])
         state = hash((id(work.costs[n]), *(id(c) for c in work.adj[n].values())))
         if paired.get(n) == state:
             continue
-        forbid_pairs(work, n)
+        forbid_pairs(work, n, memory)
         paired[n] = hash((id(work.costs[n]), *(id(c) for c in work.adj[n].values())))

@@ -10,20 +10,87 @@ The same with one edge held at a given l forbids the pair (b, l) instead of the 
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.ilp.problem import Matrix
+from planner.ilp.problem import Matrix, Vector
 from planner.ilp.work import Ints, Work
 
-CHUNK_CELLS = 4_000_000
-"""Cells of the comparison cube computed at once (32 MB of float64)."""
+CHUNK_CELLS = 100_000
+"""Cells of the comparison cube computed at once: 800 kB stay in the processor's cache."""
+WORTH_GROUPING = 30_000
+"""Cells of the cube above which finding equal rows, or the same matrix, first pays."""
+REMEMBERED_CELLS = 50_000_000
+"""Cells of remembered results: 400 MB; then everything is forgotten."""
 
 Mask = NDArray[np.bool_]
+Change = TypeVar("Change", Matrix, "Matrix | None")
+
+
+class Memory:
+    """Results by content: layers repeat, so most comparisons have been made before."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], Any] = {}
+        self.cells = 0
+
+    def call(self, function: Callable[..., Change], *arrays: Matrix) -> Change:
+        """`function(*arrays)`, remembered where that is cheaper than computing it."""
+        first = arrays[0]
+        if first.size * len(first) < WORTH_GROUPING:
+            return function(*arrays)
+        key = (function, *((a.shape, _digest(a)) for a in arrays))
+        if key not in self.known:
+            found = function(*arrays)
+            self.cells += 0 if found is None else found.size
+            if self.cells > REMEMBERED_CELLS:
+                self.known.clear()
+                self.cells = 0
+            self.known[key] = found
+        result: Change = self.known[key]
+        return result
+
+
+def _digest(array: Matrix) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).digest()
 
 
 def worst_change(cost: Matrix) -> Matrix:
-    """max over l of cost[a, l] - cost[b, l] for all a, b; what b forbids costs nothing."""
+    """max over l of cost[a, l] - cost[b, l] for all a, b; what b forbids costs nothing.
+
+    Strategies with the same specs have rows (columns) that differ by a constant: one of each
+    is enough for the comparison, which is cubic.
+    """
+    if cost.size * len(cost) < WORTH_GROUPING:
+        return _worst_change(cost)
+    _, _, some = distinct(cost.T)
+    level, group, rows = distinct(np.ascontiguousarray(some.T))
+    change = _worst_change(rows)[group[:, None], group[None, :]]
+    shift: Matrix = change + (level[:, None] - level[None, :])
+    return shift
+
+
+def distinct(cost: Matrix) -> tuple[Vector, Ints, Matrix]:
+    """Rows up to a constant: (constant and group of each row, one row of each group)."""
+    least = cost.min(axis=1)
+    least = np.where(np.isfinite(least), least, 0.0)
+    level = np.ascontiguousarray(cost - least[:, None]) + 0.0
+    seen: dict[bytes, int] = {}
+    first: list[int] = []
+    group = np.empty(len(cost), dtype=np.int64)
+    for k, row in enumerate(level):
+        at = seen.setdefault(row.tobytes(), len(first))
+        if at == len(first):
+            first.append(k)
+        group[k] = at
+    return least, group, level[first]
+
+
+def _worst_change(cost: Matrix) -> Matrix:
     size, width = cost.shape
     step = max(1, CHUNK_CELLS // max(1, size * width))
     parts = []
@@ -52,11 +119,12 @@ def own_change(work: Work, n: int) -> Matrix:
     return np.where(no_more_use(work, n) & ~np.isnan(change), change, np.inf)
 
 
-def drop_dominated(work: Work, n: int) -> bool:
+def drop_dominated(work: Work, n: int, memory: Memory | None = None) -> bool:
     """Removes dominated strategies of `n`; of equals the first stays. True if any went."""
     if work.size(n) < 2:
         return False
-    parts = {m: worst_change(cost) for m, cost in work.adj[n].items()}
+    memory = Memory() if memory is None else memory
+    parts = {m: memory.call(worst_change, cost) for m, cost in work.adj[n].items()}
     change = _sum_without(own_change(work, n), parts, -1)
     kept = undominated(change <= 0)
     if len(kept) == work.size(n):
@@ -77,22 +145,23 @@ def undominated(beats: Mask) -> Ints:
     return np.flatnonzero(alive)
 
 
-def forbid_pairs(work: Work, n: int) -> bool:
+def forbid_pairs(work: Work, n: int, memory: Memory | None = None) -> bool:
     """Forbids pairs (b, l) on the edges of `n` that another (a, l) dominates."""
     if work.size(n) < 2 or not work.adj[n]:
         return False
     own = own_change(work, n)
-    parts = {m: worst_change(cost) for m, cost in work.adj[n].items()}
+    memory = Memory() if memory is None else memory
+    parts = {m: memory.call(worst_change, cost) for m, cost in work.adj[n].items()}
     changed = False
     for m in list(parts):
         rest = _sum_without(own, parts, m)
-        smaller = _forbid_on_edge(work.adj[n][m], rest)
+        smaller = memory.call(_forbid_on_edge, work.adj[n][m], rest)
         if smaller is None:
             continue
         work.adj[n][m] = smaller
         work.adj[m][n] = smaller.T
         work.dirty.update((n, m))
-        parts[m] = worst_change(smaller)
+        parts[m] = memory.call(worst_change, smaller)
         changed = True
     return changed
 

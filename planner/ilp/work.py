@@ -77,6 +77,18 @@ class Work:
             undo(full)
         return full
 
+    def copy(self) -> Work:
+        """An independent problem of the same nodes; its trail starts empty."""
+        other = Work(Problem(()))
+        other.original = self.original
+        other.costs = list(self.costs)
+        other.adj = [dict(near) for near in self.adj]
+        other.uses = [dict(uses) for uses in self.uses]
+        other.present = list(self.present)
+        other.offset, other.limit, other.base = self.offset, self.limit, self.base.copy()
+        other.dirty = set(self.nodes())
+        return other
+
     def weighted(self, weight: float) -> Work:
         """The same nodes, edges and usages at costs times `weight` > 0 (for reading only)."""
         other = Work(Problem(()))

@@ -22,10 +22,10 @@ from costmodels.program import (
     StackBuffers,
     Step,
 )
-from planner.sharding.flow import Conversion, Flow, Place
 from planner.graph.core import Graph, Loop, Node, Op, Stack
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan
+from planner.sharding.flow import Conversion, Flow, Place
 from planner.sharding.reshard import FREE, Resharder, payload_elements
 from planner.sharding.spec import Spec
 
@@ -60,8 +60,6 @@ class _Lowering:
         if place.kind == "home":
             spec = self.plan.homes[place.home]
             return Spec(spec.dims[place.lead :], spec.partial)
-        if place.kind == "fixed" and place.spec is not None:
-            return place.spec
         op = self.flow.sites[place.op].op
         choice = self.plan.choices[op.origin or op.name]
         if place.kind == "operand":
@@ -183,12 +181,11 @@ class _Lowering:
             category = "temporaries" if move.kind in FREE else "collective_buffers"
             result = self.buffer(c.tensor, c.shape, c.dtype, move.result, category, alias)
             payload = payload_elements(move, spec, c.shape, self.sizes) * ITEM_BYTES[c.dtype]
-            out.append(
-                Collective(
-                    move.kind, move.axes, source, result, payload, move.dim, move.to_dim,
-                    move.order, c.reduce, c.tensor, c.phase,
-                )  # fmt: skip
-            )
+            moved = Collective(
+                move.kind, move.axes, source, result, payload, move.dim, move.to_dim,
+                move.order, c.reduce, c.tensor, c.phase,
+            )  # fmt: skip
+            out.append(moved)
             source, spec = result, move.result
         return source
 

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from planner.graph.builder import Builder, GraphError
+from planner.graph.core import Tensor
 from planner.modelfile import functions
 from planner.modelfile.diagnostics import nearest
 from planner.modelfile.functions import FUNCTIONS, Argument, Context, Function
 from planner.modelfile.language import OPERATORS, offset_of
 from planner.modelfile.sizes import Dims, SizeError, bounded, compute, is_number
+
+_LISTED = "docs/model-files.md lists the functions"
+# What other libraries call the functions.
+_OTHER_NAMES = {
+    "swish": "silu", "matmul": "einsum", "dot": "einsum", "lookup": "gather", "take": "gather",
+    "softmax_cross_entropy": "cross_entropy", "concatenate": "concat", "permute": "transpose",
+    "view": "reshape", "argsort": "sort", "conv2d": "conv", "astype": "cast",
+}  # fmt: skip
 
 
 class OpError(ValueError):
@@ -86,7 +95,13 @@ class Evaluator:
         try:
             return Ref(functions.operate(Context(self.b, name, self.dims), operator, left, right))
         except GraphError as error:
-            raise OpError("bad-op", _without_name(error, name), at) from None
+            hint = self._shapes((left, right))
+            raise OpError("bad-op", _without_name(error, name), at, hint) from None
+
+    def _shapes(self, values: Sequence[Any]) -> str:
+        """What the tensors among the values look like."""
+        refs = dict.fromkeys(v for v in values if isinstance(v, Ref))
+        return "; ".join(f"{_plain(v)} is {described(self.b.lookup(v))}" for v in refs)
 
     def _unary(self, node: ast.UnaryOp, name: str, at: int) -> Any:
         operand = self._operand(node.operand, name)
@@ -102,14 +117,16 @@ class Evaluator:
         called = node.func.id if isinstance(node.func, ast.Name) else ""
         found = FUNCTIONS.get(called)
         if found is None:
-            hint = nearest(called, FUNCTIONS, "docs/model-files.md lists the functions")
+            other = _OTHER_NAMES.get(called)
+            hint = f"it is called {other} here" if other else nearest(called, FUNCTIONS, _LISTED)
             raise OpError("unknown-function", f"unknown function '{called}'", at, hint)
         positional, keywords = self._arguments(found, node, name, at)
         try:
             result = found.call(Context(self.b, name, self.dims), *positional, **keywords)
         except GraphError as error:
             code = "bad-einsum" if called == "einsum" else "bad-op"
-            raise OpError(code, _without_name(error, name), at, _usage(found)) from None
+            hint = self._shapes(positional + list(keywords.values()))
+            raise OpError(code, _without_name(error, name), at, hint) from None
         return Ref(result) if isinstance(result, str) else tuple(map(Ref, result))
 
     def _arguments(
@@ -207,7 +224,18 @@ def _usage(f: Function) -> str:
 
 def _without_name(error: GraphError, name: str) -> str:
     """The message without the op's name in front: the place says it."""
-    return re.sub(rf"^{re.escape(name)}[.\w]*: ", "", str(error))
+    return _plain(re.sub(rf"^{re.escape(name)}[.\w]*: ", "", str(error)))
+
+
+def _plain(text: str) -> str:
+    """Without the marks of slices and casts that the builder puts behind names."""
+    return re.sub(r"(\[i\])+|\.cast(?![\w])", "", text)
+
+
+def described(tensor: Tensor) -> str:
+    """Type, dimensions and sizes: bf16[B=8, S=16]."""
+    sizes = ", ".join(f"{d}={n}" for d, n in zip(tensor.dims, tensor.shape, strict=True))
+    return f"{tensor.dtype}[{sizes}]"
 
 
 def _described(value: Any) -> str:

@@ -14,8 +14,8 @@ from typing import Any
 
 from meshes.yamltree import Listing, Node, Place, Scalar, Table
 from planner.graph.builder import Builder, GraphError
-from planner.graph.core import Graph, Tensor
-from planner.modelfile.call import Evaluator, OpError, Ref
+from planner.graph.core import Graph
+from planner.modelfile.call import Evaluator, OpError, Ref, described
 from planner.modelfile.diagnostics import Findings, nearest
 from planner.modelfile.language import OpSyntax, Statement, offset_of, parse_statement
 from planner.modelfile.scalars import value_of
@@ -126,7 +126,7 @@ class _Compiler:
         tensor = scope.b.lookup(loss)
         if tensor.shape or tensor.dtype.startswith("i"):
             self._add(
-                "no-loss", f"the loss '{name}' is {_shape(tensor)}, it must be one number",
+                "no-loss", f"the loss '{name}' is {described(tensor)}, it must be one number",
                 place, "end with cross_entropy(…), or mean(…) over all dimensions",
             )  # fmt: skip
             return None
@@ -404,16 +404,11 @@ class _Compiler:
             message = f"'{name.value}' is carried, but no op of '{inner.title}' changes it"
             self._add("carry-unchanged", message, name.place, "remove it from carry")
         elif before.shape != after.shape:
-            message = f"'{name.value}' enters '{inner.title}' as {_shape(before)}"
-            self._add("carry-changed", f"{message} but leaves as {_shape(after)}", name.place)
+            message = f"'{name.value}' enters '{inner.title}' as {described(before)}"
+            self._add("carry-changed", f"{message} but leaves as {described(after)}", name.place)
         else:
             return True
         return False
-
-
-def _shape(tensor: Tensor) -> str:
-    sizes = ", ".join(f"{d}={n}" for d, n in zip(tensor.dims, tensor.shape, strict=True))
-    return f"{tensor.dtype}[{sizes}]"
 
 
 def _block(node: Node) -> Block | None:

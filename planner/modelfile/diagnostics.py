@@ -75,7 +75,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str = "") -> str:
         near = [k for k in known if k.lower() == name.lower()]
     if near:
         return f"did you mean '{near[0]}'?"
-    return otherwise or (f"known: {', '.join(known)}" if 0 < len(known) <= 12 else "")
+    return otherwise or (f"known: {', '.join(known)}" if 1 < len(known) <= 12 else "")
 
 
 def render(diagnostics: Sequence[Diagnostic]) -> str:

@@ -35,10 +35,8 @@ def _size(value: Any) -> Any:
     return value
 
 
-def _shape(value: Any) -> Any:
-    if value == "auto" or isinstance(value, dict):
-        return value
-    raise PydanticCustomError("wrong_type", "must be axis sizes such as {data: 16}, or auto")
+def _sizes_or_word(value: Any) -> str:
+    return "<word>" if isinstance(value, str) else "<sizes>"
 
 
 def _mesh(value: Any) -> Any:
@@ -78,6 +76,11 @@ Value = Annotated[
     Any, BeforeValidator(_scalar), WithJsonSchema({"type": ["number", "string"]})
 ]
 AxisSize = Annotated[int, Field(gt=0, le=LARGEST)]
+# The tags of unions can be no keys of a file: they show up in the paths of errors.
+Shape = Annotated[
+    Annotated[dict[str, AxisSize], Tag("<sizes>")] | Annotated[Literal["auto"], Tag("<word>")],
+    Discriminator(_sizes_or_word),
+]
 Name = Annotated[str, Field(min_length=1, max_length=200)]
 
 
@@ -89,13 +92,9 @@ class Mesh(_Strict):
     topology: Name = Field(
         description="catalogue name with sizes (tpu-v4:4x4x4, dgx-a100-80gb:16), or a mesh file"
     )
-    shape: Annotated[
-        Any, BeforeValidator(_shape),
-        WithJsonSchema({"anyOf": [
-            {"type": "object", "additionalProperties": {"type": "integer", "minimum": 1}},
-            {"const": "auto"},
-        ]}),
-    ] = Field(None, description="sizes of the named mesh axes, in devices; or auto")  # fmt: skip
+    shape: Shape | None = Field(
+        None, description="sizes of the named mesh axes, in devices; or auto"
+    )
     layout: dict[str, dict[str, AxisSize]] | None = Field(
         None, description="axis → physical dimension → size: overrides how axes are laid out"
     )
@@ -131,12 +130,11 @@ def _op_or_block(value: Any) -> str:
 
 
 class RepeatBlock(_Strict):
-    repeat: RepeatFields
+    repeat: RepeatFields = Field(description="name, number of runs, what each hands on")
     params: dict[str, str] = Field({}, description='parameters of one run: w_in: "[D, F]"')
     ops: list[OpOrBlock] = Field(description="ops of one run, in order")
 
 
-# The tags can be no keys of a file: they show up in the paths of errors.
 OpOrBlock = Annotated[
     Annotated[str, Tag("<op>")] | Annotated[RepeatBlock, Tag("<block>")],
     Discriminator(_op_or_block),

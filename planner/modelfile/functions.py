@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 from planner.graph import expr as ex
 from planner.graph import layers, structural, windows
 from planner.graph.builder import Builder, GraphError, distinct
+from planner.graph.core import Op
 from planner.graph.core import Tensor as GraphTensor
 from planner.graph.primitive import axis_of
 from planner.modelfile.scalars import number_of
@@ -112,6 +113,18 @@ def _need_dims(c: Context, x: str, least: int = 1) -> None:
         raise GraphError(f"'{x}' {list(t.dims)} needs at least {least} dimensions")
 
 
+def _named(c: Context, result: str) -> str:
+    """`result` of the op just built, under the name that the file gives it (constraints and
+    annotations use that one)."""
+    name = c.b.unique(c.name)
+    op = c.b.nodes.pop()
+    if not isinstance(op, Op) or op.outs != (result,):
+        raise GraphError(f"'{result}' is not the result of the last op")
+    c.b.nodes.append(replace(op, name=name, outs=(name,)))
+    c.b.declare(replace(c.b.tensors.pop(result), name=name))
+    return name
+
+
 # ---- products and look-ups --------------------------------------------------------------------
 
 
@@ -157,7 +170,7 @@ def attention(c: Context, q: Tensor, k: Tensor, v: Tensor, causal: Flag = False)
     for what, x in (("k", k), ("v", v)):
         _need_rank(c, what, x, 4 if grouped else len(c.tensor(k).shape), 4)
     _need_rank(c, "k", k, *((4,) if grouped else (3, 4)))
-    return layers.attention(c.b, q, k, v, causal=causal, name=c.name, grouped=grouped)
+    return _named(c, layers.attention(c.b, q, k, v, causal=causal, name=c.name, grouped=grouped))
 
 
 # ---- elementwise --------------------------------------------------------------------------------
@@ -284,7 +297,7 @@ def group_norm(
 ) -> Result:
     """Norm over spatial dimensions and groups of channels; x [B, spatial…, C]."""
     _need_dims(c, x, 2)
-    return layers.group_norm(c.b, x, scale, bias, groups, c.name)
+    return _named(c, layers.group_norm(c.b, x, scale, bias, groups, f"{c.name}.norm"))
 
 
 @function("batch_norm")

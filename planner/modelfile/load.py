@@ -93,7 +93,7 @@ class _Loader:
             graph=graph,
             training=training,
             tokens=self._tokens(graph, settings, training),
-            mesh=self._topology_name(mesh.topology) if mesh else None,
+            mesh=mesh.topology if mesh else None,
             shape=shape,
             layout=mesh.layout if mesh else None,
             constraints=constraints,
@@ -220,8 +220,13 @@ class _Loader:
         mesh: fields.Mesh | None = self.data.get("mesh")
         if mesh is None:
             return None
+        if isinstance(mesh.shape, dict):
+            self.shape = mesh.shape
+        path = self._mesh_file(mesh.topology)
+        if path is not None and not path.is_file():
+            return mesh  # an option may name another mesh; else laying it out will miss the file
         try:
-            topology = meshes.resolve(self._topology_name(mesh.topology))
+            topology = meshes.resolve(str(path or mesh.topology))
         except MeshError as error:
             self._mesh_error(error, self._node("mesh", "topology"))
             return mesh
@@ -231,21 +236,19 @@ class _Loader:
             except MeshError as error:
                 key = "layout" if error.code == "bad-layout" else "shape"
                 self._mesh_error(error, self._node("mesh", key))
-            self.shape = mesh.shape
         return mesh
 
     def _mesh_error(self, error: MeshError, node: Node) -> None:
         if error.line is not None:  # a mistake inside the mesh file
             self.findings.diagnostics.append(from_mesh(error))
             return
-        code = "unknown-mesh" if error.code in ("unknown-chip", "no-file") else "bad-mesh"
+        code = "unknown-mesh" if error.code == "unknown-chip" else "bad-mesh"
         self._add(code, error.message, node.place, error.hint)
 
-    def _topology_name(self, name: str) -> str:
-        """A mesh file is looked for beside the model file."""
-        beside = PurePath(self.file).parent / name
-        is_file = name.endswith((".yaml", ".yml")) and Path(beside).is_file()
-        return str(beside) if is_file else name
+    def _mesh_file(self, name: str) -> Path | None:
+        """Where a mesh that is no catalogue name should be: beside the model file."""
+        beside = Path(PurePath(self.file).parent / name)
+        return beside if name.endswith((".yaml", ".yml")) or beside.is_file() else None
 
     # ---- graph ----------------------------------------------------------------------------------
 
@@ -394,4 +397,4 @@ def _canonical(node: Node) -> Any:
 
 
 def _stem(file: str) -> str:
-    return PurePath(file).stem if file not in ("", "-") else "model"
+    return "model" if file in ("", "-") or file.startswith("<") else PurePath(file).stem

@@ -137,7 +137,9 @@ def _describe(detail: Mapping[str, Any]) -> tuple[str, str, str]:
     if kind in _WANTED:
         hint = _type_hint(_WANTED[kind], value)
         return "wrong-type", f"must be {_WANTED[kind]}, not {_shown(value)}", hint
-    message = detail["msg"].removeprefix("Value error, ")
+    if kind == "too_short":
+        return "bad-value", "is empty", ""
+    message = detail["msg"].removeprefix("Value error, ").replace("Input should", "must")
     if kind == "value_error":  # the settings' own words about several of their fields
         return "bad-value", f"cannot be: {message}", ""
     return "bad-value", f"is {_shown(value)}: {message}", ""

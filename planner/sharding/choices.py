@@ -21,7 +21,8 @@ WHOLE_NAMES = ("layers", "repeats", "micro")  # stacked dimensions stay whole
 
 @dataclass(frozen=True)
 class Choice:
-    """`split[f]`: axes over factor f, major first. `passed`: (linear group, axes) pairs."""
+    """`split[f]`: axes over factor f, major first. `passed`: (linear group, axes) pairs, at most
+    one of them: only the group of all operands passes. Axes are in mesh order throughout."""
 
     split: tuple[tuple[str, ...], ...]
     passed: tuple[tuple[int, tuple[str, ...]], ...] = ()
@@ -33,7 +34,7 @@ class Choice:
     def operand(self, rule: Rule, i: int) -> Spec:
         """The spec in which operand i must be given."""
         partial = [a for group, axes in self.passed if i in rule.linear[group] for a in axes]
-        return Spec(self._dims(rule.ins[i]), tuple(sorted(partial)))
+        return Spec(self._dims(rule.ins[i]), tuple(partial))
 
     def result(self, rule: Rule, k: int, mesh_order: Sequence[str]) -> Spec:
         """The spec of result k as computed: split reduce factors leave partial sums."""
@@ -86,7 +87,7 @@ class OpChoices:
 def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
     """Every assignment of each axis to one factor, one linear group, or nothing."""
     rule = op.rule
-    options: list[int | None | tuple[int]] = [None]
+    options: list[int | tuple[int] | None] = [None]
     options += [i for i, f in enumerate(rule.factors) if _splittable(f)]
     options += [(g,) for g, group in enumerate(rule.linear) if _passes(op, group)]
     partial: list[Choice] = [Choice(((),) * len(rule.factors))]
@@ -114,7 +115,7 @@ def _passes(op: Op, group: Sequence[int]) -> bool:
     return len(group) == len(op.ins) and contraction_sizes(op) is None
 
 
-def _with_axis(choice: Choice, axis: str, option: int | None | tuple[int]) -> Choice:
+def _with_axis(choice: Choice, axis: str, option: int | tuple[int] | None) -> Choice:
     if option is None:
         return choice
     if isinstance(option, int):

@@ -20,15 +20,14 @@ Interval = tuple[int, int]  # half-open, in steps
 
 @dataclass(frozen=True)
 class Place:
-    """`kind`: "result" or "operand" of op `op` at position `slot`, "home" with id `home`, or
-    "fixed" with `spec`. `lead`: leading whole dimensions dropped from the home's spec."""
+    """`kind`: "result" or "operand" of op `op` at position `slot`, or "home" with id `home`.
+    `lead`: leading whole dimensions dropped from the home's spec."""
 
     kind: str
     op: str = ""
     slot: int = 0
     home: int = -1
     lead: int = 0
-    spec: Spec | None = None
 
 
 @dataclass
@@ -194,9 +193,12 @@ class _FlowBuilder:
                 scope.ends[out] = self.flow.steps  # a loop needs the old value while it makes this
             scope.use(out, _Use(self.place(alias), HANDED_ON, "alias", "", 0))
             return
-        whole = Spec(((),) * len(self.tensors[out].shape))
-        scope.use(out, _Use(Place("fixed", spec=whole), HANDED_ON, "output", "", 0))
-        scope.ends[out] = self.flow.steps
+        t = self.tensors[out]
+        home = self.new_home(f"{out}@output", t.shape, t.dtype, 0, False, "activations")
+        home.pin = Spec(((),) * len(t.shape))
+        scope.use(
+            out, _Use(Place("home", home=home.id), HANDED_ON, "output", "", self.flow.steps)
+        )
 
     def _stack_depth(self, name: str) -> int:
         """Leading dimensions along which loops slice this tensor."""
@@ -233,9 +235,8 @@ class _FlowBuilder:
         site = self.flow.loops[loop.name]
         for carry in loop.carries:
             home = self.home(carry.entry, names=(carry.result,), category="activations")
-            scope.use(
-                carry.init, _Use(Place("home", home=home.id), site.enter, "carry", "", site.enter + 1)
-            )
+            entry = Place("home", home=home.id)
+            scope.use(carry.init, _Use(entry, site.enter, "carry", "", site.enter + 1))
             scope.sources[carry.result] = Place("home", home=home.id)
         for stack in loop.writes:
             home = self.home(stack.outer, stacked=self._stack_depth(stack.outer))
@@ -274,7 +275,8 @@ class _FlowBuilder:
             self.held.add(home_id)
         for stack in loop.writes:
             home, lead = self.flow.home_of[stack.outer]
-            inner.use(stack.inner, _Use(Place("home", home=home, lead=lead + 1), HANDED_ON, "write", "", 0))
+            slot = Place("home", home=home, lead=lead + 1)
+            inner.use(stack.inner, _Use(slot, HANDED_ON, "write", "", 0))
         self.scope(inner)
 
     # ---- homes ----------------------------------------------------------------------------
@@ -361,12 +363,11 @@ class _FlowBuilder:
             home = self.new_home(name, t.shape, t.dtype, 0, partial, ROLE_CATEGORIES[t.role])
             self.flow.home_of[name] = (home.id, 0)
         place = Place("home", home=home.id)
-        self.flow.conversions.append(
-            Conversion(
-                source, place, name, t.shape, t.dtype, site.times, start, "home", "source",
-                reduce=site.op.rule.combiner, phase=site.op.phase,
-            )  # fmt: skip
-        )
+        stored = Conversion(
+            source, place, name, t.shape, t.dtype, site.times, start, "home", "source",
+            reduce=site.op.rule.combiner, phase=site.op.phase,
+        )  # fmt: skip
+        self.flow.conversions.append(stored)
         self._fan_out(scope, name, place, uses, start)
 
     def _connect_home(self, scope: _Scope, name: str, source: Place, uses: list[_Use]) -> None:
@@ -440,7 +441,8 @@ class _FlowBuilder:
     ) -> None:
         t = self.tensors[name]
         partial = self.flow.homes[source.home].partial
-        home = self.new_home(f"{name}@{members[0].group}", t.shape, t.dtype, 0, partial, COPY_CATEGORY)
+        label = f"{name}@{members[0].group}"
+        home = self.new_home(label, t.shape, t.dtype, 0, partial, COPY_CATEGORY)
         first, last = min(u.at for u in members), max(u.at for u in members) + 1
         place = Place("home", home=home.id)
         use = _Use(place, first, "copy", members[0].group, last)
@@ -471,16 +473,15 @@ class _FlowBuilder:
             overlap = (use.at + 1, live[1])
         elif until > use.at + 1:
             overlap = self._hold(use.target, (use.at + 1, until), live)
-        self.flow.conversions.append(
-            Conversion(
-                source, use.target, name, t.shape, t.dtype, scope.times, use.at, use.kind, extra, overlap,
-                reduce=producer.op.rule.combiner if producer else "sum", phase=phase,
-            )  # fmt: skip
-        )
+        found = Conversion(
+            source, use.target, name, t.shape, t.dtype, scope.times, use.at, use.kind, extra,
+            overlap, producer.op.rule.combiner if producer else "sum", phase,
+        )  # fmt: skip
+        self.flow.conversions.append(found)
 
     def _result_until(self, scope: _Scope, use: _Use) -> int:
         """When the converted value is needed no more (by the target's own accounting)."""
-        if use.kind in ("copy", "shared"):
+        if use.kind in ("copy", "shared", "output"):
             return use.live_to
         if use.kind == "exit":
             return scope.stop

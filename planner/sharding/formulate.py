@@ -25,14 +25,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.collectives import collective_seconds
-from costmodels.pricing import kernel_seconds
+from costmodels.pricing import many_kernel_seconds
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
-from planner.sharding.choices import Choice, OpChoices
-from planner.sharding.flow import Conversion, Flow, Home, Interval, Place
+from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
+from planner.sharding.choices import Choice, OpChoices
+from planner.sharding.flow import Conversion, Flow, Home, Interval, Place
 from planner.sharding.reshard import Resharder
 from planner.sharding.spec import Spec, all_specs
 
@@ -59,9 +60,7 @@ class Space:
     def __post_init__(self) -> None:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
-        self.resharder = Resharder(
-            self.sizes, lambda kind, axes, size: collective_seconds(self.mesh, kind, axes, size)
-        )
+        self.resharder = mesh_resharder(self.mesh)
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
         self._op_nodes()
@@ -80,11 +79,8 @@ class Space:
                 self.keys.append(key)
                 self.choices[name] = OpChoices(op, self.mesh.axes).choices
                 self._costs[key] = np.zeros(len(self.choices[name]))
-            kernels = (
-                lower_op(op, choice, self.tensors, self.sizes) for choice in self.choices[name]
-            )
-            self._costs[key] += site.times * np.array(
-                [kernel_seconds(self.mesh.chip, k) for k in kernels]
+            self._costs[key] += site.times * choice_seconds(
+                op, self.choices[name], self.tensors, self.mesh
             )
 
     def _home_nodes(self) -> None:
@@ -94,12 +90,10 @@ class Space:
             self.specs[home.id] = home_specs(home, self.sizes)
             self._costs[key] = np.zeros(len(self.specs[home.id]))
 
-    def key(self, place: Place) -> Key | None:
-        """The node that decides the spec at `place`; None where it is fixed."""
+    def key(self, place: Place) -> Key:
+        """The node that decides the spec at `place`."""
         if place.kind == "home":
             return ("home", place.home)
-        if place.kind == "fixed":
-            return None
         op = self.flow.sites[place.op].op
         return ("op", op.origin or op.name)
 
@@ -113,8 +107,6 @@ class Space:
         return self._rows[place]
 
     def _each(self, place: Place) -> list[Spec]:
-        if place.kind == "fixed":
-            return [place.spec] if place.spec is not None else []
         if place.kind == "home":
             return [Spec(s.dims[place.lead :], s.partial) for s in self.specs[place.home]]
         op = self.flow.sites[place.op].op
@@ -181,12 +173,8 @@ class Space:
         left, right = self.key(c.source), self.key(c.target)
         rows = self.rows(c.source)[1]
         columns = self.rows(c.target)[1]
-        if left is None or right is None or left == right:
-            full = m[rows][:, columns]
-            if left == right:
-                costs[self.number[left]] += np.diagonal(full) if left is not None else 0.0
-            elif right is None and left is not None:
-                costs[self.number[left]] += full[:, 0]
+        if left == right:
+            costs[self.number[left]] += np.diagonal(m[rows][:, columns])
             return
         _add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
 
@@ -236,8 +224,6 @@ class Space:
         node = len(costs)
         costs.append(by_spec[pairs[:, 0], pairs[:, 1]])
         for key, own, which in ((self.key(c.source), rows, 0), (self.key(c.target), columns, 1)):
-            if key is None:
-                continue
             allowed = np.where(own[:, None] == pairs[None, :, which], 0.0, np.inf)
             _add_edge(merged, self.number[key], node, allowed)
         at_step, held = self._pair_bytes(c, [sources[i] for i in pairs[:, 0]],
@@ -275,6 +261,31 @@ class Space:
             self.specs[h.id][strategy[self.number["home", h.id]]] for h in self.flow.homes
         )
         return Plan(self.mesh.axes, choices, homes, proof)
+
+
+def mesh_resharder(mesh: LogicalMesh) -> Resharder:
+    """Reshardings priced on the links of `mesh`."""
+    return Resharder(
+        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size)
+    )
+
+
+def choice_seconds(
+    op: Op, choices: Sequence[Choice], tensors: Mapping[str, Tensor], mesh: LogicalMesh
+) -> Array:
+    """Seconds of one execution of `op` under each choice."""
+    sizes = dict(mesh.axes)
+    return many_kernel_seconds(mesh.chip, [lower_op(op, c, tensors, sizes) for c in choices])
+
+
+def least_compute(flow: Flow, mesh: LogicalMesh) -> float:
+    """A lower bound of any plan's serial time: every op under its cheapest choice."""
+    tensors = flow.graph.all_tensors()
+    return sum(
+        site.times
+        * float(choice_seconds(site.op, OpChoices(site.op, mesh.axes).choices, tensors, mesh).min())
+        for site in flow.sites.values()
+    )
 
 
 def home_specs(home: Home, sizes: Mapping[str, int]) -> tuple[Spec, ...]:

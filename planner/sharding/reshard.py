@@ -29,7 +29,7 @@ Pricer = Callable[[str, tuple[str, ...], Floats], Any]
 
 FREE = ("slice", "mask")
 MOVE_EPSILON_S = 1e-15  # a free move still counts, so that paths have no pointless ones
-CHUNK_CELLS = 20_000_000  # of the distance table relaxed at a time: bounds memory
+CHUNK_CELLS = 1_000_000  # moves × sources relaxed at a time: 8 MB, so that they stay in cache
 
 
 @dataclass(frozen=True)
@@ -111,20 +111,21 @@ class Distances:
         """Bellman-Ford from many sources at once; moves are sorted by target."""
         u, v, _ = self.graph.arrays
         usable = np.flatnonzero(np.isfinite(self.weights))
-        u, v, w = u[usable], v[usable], self.weights[usable]
+        u, v, w = u[usable], v[usable], self.weights[usable, None]
         starts = np.flatnonzero(np.diff(v, prepend=-1))
         ends = v[starts]
         chunk = max(1, CHUNK_CELLS // max(1, len(u)))
         for at in range(0, len(missing), chunk):
             part = missing[at : at + chunk]
-            d = np.full((len(part), len(self.graph.specs)), np.inf)
-            d[np.arange(len(part)), part] = 0.0
+            d = np.full((len(self.graph.specs), len(part)), np.inf)  # a column per source
+            d[part, np.arange(len(part))] = 0.0
             while len(u):
-                reached = np.minimum.reduceat(d[:, u] + w, starts, axis=1)
-                if not (reached < d[:, ends]).any():
+                reached = np.minimum.reduceat(d[u] + w, starts, axis=0)
+                before = d[ends]
+                if not (reached < before).any():
                     break
-                d[:, ends] = np.minimum(d[:, ends], reached)
-            self.rows.update(zip(part, d, strict=True))
+                d[ends] = np.minimum(before, reached)
+            self.rows.update(zip(part, np.ascontiguousarray(d.T), strict=True))
 
     def path(self, source: int, target: int) -> tuple[Move, ...] | None:
         """The moves of a shortest path; of equal ones always the same."""
@@ -244,7 +245,8 @@ def _ordered_specs(rank: int, sizes: Sizes) -> Iterator[Spec]:
         places = [(*p, d) for p in places for d in range(-2, rank)]
     for place in places:
         partial = tuple(a for a, d in zip(axes, place, strict=True) if d == -1)
-        grouped = [tuple(a for a, d in zip(axes, place, strict=True) if d == k) for k in range(rank)]
+        at = list(zip(axes, place, strict=True))
+        grouped = [tuple(a for a, d in at if d == k) for k in range(rank)]
         partly: list[tuple[tuple[str, ...], ...]] = [()]
         for group in grouped:
             partly = [(*dims, order) for dims in partly for order in permutations(group)]

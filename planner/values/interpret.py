@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.program import Block, Collective, Compute, LoopStep, Program, Step
-from planner.values import kernels
 from planner.sharding.spec import Spec
+from planner.values import kernels
 
 Array = NDArray[Any]
 Device = tuple[int, ...]

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.values import structural_kernels, window_kernels
 from planner.graph import expr as ex
 from planner.graph.core import Op
+from planner.values import structural_kernels, window_kernels
 
 Array = NDArray[Any]
 Offsets = Mapping[str, int]

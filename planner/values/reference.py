@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.values import kernels
 from planner.graph.core import Graph, Loop, Op
+from planner.values import kernels
 
 Array = NDArray[Any]
 Values = dict[str, Array]

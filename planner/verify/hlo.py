@@ -101,7 +101,8 @@ class Module:
 def parse(text: str) -> Module:
     """The module that `compiled.as_text()` or an XLA dump shows. Raises HloError."""
     computations: dict[str, Computation] = {}
-    entry, current, lines = "", "", []
+    entry, current = "", ""
+    lines: list[Instruction] = []
     for line in text.splitlines():
         header = _HEADER.match(line) if not line.startswith(" ") else None
         if header:

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from itertools import combinations
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -44,6 +43,8 @@ class Executed:
     name: str
     op_name: str = ""
     asynchronous: bool = False
+    window: str = ""  # the collective whose place a windowed einsum's permutes take
+    chain: str = ""  # the TPU compiler's fusions that carry out one collective piece by piece
 
     @property
     def phase(self) -> str:
@@ -66,8 +67,7 @@ class Reading:
 
     def add(self, other: Reading, times: int) -> None:
         self.collectives += [
-            Executed(c.kind, c.axes, c.bytes, c.count * times, c.name, c.op_name, c.asynchronous)
-            for c in other.collectives
+            replace(c, count=c.count * times) for c in other.collectives
         ]
         self.flops += other.flops * times
         self.cycles += other.cycles * times
@@ -96,6 +96,7 @@ class _Reader:
             total = Reading()
             for instruction in computation.instructions:
                 total.add(self.instruction(computation, instruction), 1)
+            total.collectives = _once_per_chain(total.collectives)
             self.done[name] = total
         return self.done[name]
 
@@ -139,9 +140,8 @@ class _Reader:
         scatter = called.startswith(FUSED_SCATTER)
         for c in inside.collectives:
             kind = "reduce-scatter" if scatter and c.kind == "all-reduce" else c.kind
-            op_name = c.op_name or i.op_name
             found.collectives.append(
-                Executed(kind, c.axes, c.bytes, c.count, i.name, op_name, c.asynchronous)
+                replace(c, kind=kind, name=i.name, op_name=c.op_name or i.op_name)
             )
         return found
 
@@ -160,9 +160,12 @@ class _Reader:
         if size == 1 and kind != "collective-permute":
             return Reading()  # a group of one moves nothing
         found = Reading(cycles=float(i.estimated_cycles))
-        asynchronous = i.opcode.endswith("-start")
+        chain = re.search(r'chain_id="(\d+)"', i.rest)
+        asynchronous = i.opcode.endswith("-start") or chain is not None
+        window = _window_of(scope, i) if kind == "collective-permute" else ""
+        own = f"{chain[1]}/{i.attribute('channel_id')}" if chain else ""
         found.collectives.append(
-            Executed(kind, axes, total, 1, i.name, i.op_name, asynchronous)
+            Executed(kind, axes, total, 1, i.name, i.op_name, asynchronous, window, own)
         )
         return found
 
@@ -204,6 +207,35 @@ class _Reader:
         if i.opcode == "custom-call":
             return _library_flops(scope, i)
         return 0.0
+
+
+def _once_per_chain(collectives: Sequence[Executed]) -> list[Executed]:
+    """The start, the steps beside other work, and the end of one collective are one."""
+    seen: set[str] = set()
+    kept = []
+    for c in collectives:
+        if not c.chain or c.chain not in seen:
+            kept.append(c)
+            seen.add(c.chain)
+    return kept
+
+
+def _window_of(scope: Computation, i: Instruction) -> str:
+    """What a permute of a decomposed matmul stands for, else "".
+
+    XLA names the loop's body after it. Unrolled, a reduce-scatter sends sums (the first ones
+    zero) and an all-gather the operand as it is.
+    """
+    body = re.search(r"windowed_dot_general_body_(ag|rs)", scope.name)
+    if body:
+        return {"ag": "all-gather", "rs": "reduce-scatter"}[body[1]]
+    if not i.op_name.endswith("dot_general"):
+        return ""
+    sent = scope.by_name[i.operands[0]]
+    while sent.opcode in ("get-tuple-element", "bitcast", "copy"):
+        sent = scope.by_name[sent.operands[0]]
+    sums = sent.opcode in ("broadcast", "add") or "add" in sent.name
+    return "reduce-scatter" if sums else "all-gather"
 
 
 def _phase(i: Instruction) -> str:

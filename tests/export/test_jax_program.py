@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +14,14 @@ import numpy as np
 import pytest
 
 import meshes
+from planner.export.jax_ops import ExportError
 from planner.export.jax_program import jax_program
+from planner.export.placement import Placement
+from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
-from planner.model import Model
+from planner.model import OPTIMIZERS, Model
 from planner.sharding.spec import Spec
 from planner.values import reference
 
@@ -73,7 +78,7 @@ def check_gradients(model: Model, specs: dict[str, Spec] | None = None, mesh: An
     step = training_step(replace(model, training=replace(model.training, optimizer="sgd")))
     inputs = reference.random_inputs(step)
     expected = reference.evaluate(step, inputs)
-    module = load(jax_program(model, MESH, specs or {}))
+    module = load(jax_program(model, MESH, Placement(specs or {})))
     params, _, batch = arrays(module, inputs)
     loss, grads = jax.jit(
         lambda p, b: jax.value_and_grad(module.loss_fn)(p, b, mesh)
@@ -93,3 +98,114 @@ def test_every_op_and_layer(case: str) -> None:
 @pytest.mark.parametrize("remat", ["none", "full", "dots", "attention"])
 def test_remat_policies_change_no_gradient(remat: str) -> None:
     check_gradients(support.transformer(remat=remat))
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("steps", [1, 2])
+def test_train_step_is_the_derived_one(optimizer: str, steps: int) -> None:
+    """Loss, new parameters and new states after one step, also over microbatches."""
+    model = f32(support.transformer(optimizer=optimizer, accumulation_steps=steps))
+    step = training_step(model)
+    inputs = reference.random_inputs(step)
+    expected = reference.evaluate(step, inputs)
+    module = load(jax_program(model, MESH, Placement({})))
+    loss, params, states = jax.jit(module.train_step)(*arrays(module, inputs))
+    np.testing.assert_allclose(loss, expected[step.outputs[0]], rtol=1e-4)
+    found = {**params, **{f"{n}.{k}": a for n, rows in states.items() for k, a in rows.items()}}
+    assert found.keys() == set(step.aliases.values())
+    for new, old in step.aliases.items():
+        np.testing.assert_allclose(found[old], expected[new], rtol=2e-3, atol=2e-5, err_msg=old)
+
+
+def test_factored_moments() -> None:
+    """Adafactor with two dimensions large enough to factor, stacked over layers."""
+
+    def build(b: Builder) -> str:
+        x = b.input("x", (2, 128), ("B", "D"), "f32")
+        r = b.repeat("layers", 2)
+        entry = r.enter(x)
+        w = r.param("w", (128, 128), ("D", "E"))
+        y = r.einsum("B D, D E -> B E", entry, w, name="y")
+        out = r.map("out", [(y, ("B", "D"))], ("B", "D"), ("tanh", ("x", 0)))
+        (x,) = r.end_repeat([(x, entry, out)])
+        return support.weighted_sum(b, x)
+
+    model = f32(support.model(build, optimizer="adafactor"))
+    step = training_step(model)
+    inputs = reference.random_inputs(step)
+    expected = reference.evaluate(step, inputs)
+    module = load(jax_program(model, MESH, Placement({})))
+    assert set(module.STATES["layers.w"]) == {"vr", "vc"}
+    _, params, states = jax.jit(module.train_step)(*arrays(module, inputs))
+    for name, found in (("w.new", params["layers.w"]), ("w.vr.new", states["layers.w"]["vr"]),
+                        ("w.vc.new", states["layers.w"]["vc"])):  # fmt: skip
+        np.testing.assert_allclose(found, expected[f"layers.{name}"], rtol=1e-3, atol=1e-6)
+
+
+SHARDED = """
+import sys, jax, numpy as np
+exec(compile(open(sys.argv[1]).read(), "program.py", "exec"))
+mesh = make_mesh()
+params, states = initialise(jax.random.key(0), mesh)
+batch = random_batch(jax.random.key(1), mesh)
+step = jax.jit(jax.value_and_grad(loss_fn), static_argnums=2)
+loss, grads = step(params, batch, mesh)
+alone = jax.device_get((params, batch))
+expected, expected_grads = step(*alone, None)
+np.testing.assert_allclose(loss, expected, rtol=1e-5)
+for name, g in grads.items():
+    want = expected_grads[name]
+    np.testing.assert_allclose(g, want, rtol=0, atol=1e-4 * float(abs(want).max()), err_msg=name)
+assert params["layers.w1"].sharding.spec == PARAMETERS["layers.w1"][2]
+loss, params, states = compiled_step(mesh)(params, states, batch)
+np.testing.assert_allclose(loss, expected, rtol=1e-5)
+print("same")
+"""
+
+
+def test_sharded_over_eight_devices_is_the_same(tmp_path: Path) -> None:
+    """Annotations and resharded copies change no value."""
+    place = Placement(
+        {
+            "layers.w1": Spec(((), ("x",), ())), "layers.w2": Spec(((), (), ("y",))),
+            "ids": Spec((("x",), ())), "targets": Spec((("x",), ())),
+            "layers.x.in": Spec((("x",), (), ("y",))), "layers.q": Spec((("x",), (), (), ())),
+            "logits": Spec((("x",), ("y",), ())),
+        },
+        {("layers.h", 1): Spec(((), ())), ("layers.q", 0): Spec((("x",), ("y",), ()))},
+    )
+    program = tmp_path / "program.py"
+    source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)
+    program.write_text(source.partition('if __name__ == "__main__"')[0], encoding="utf-8")
+    (tmp_path / "run.py").write_text(SHARDED, encoding="utf-8")
+    flags = "--xla_force_host_platform_device_count=8"
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), str(program)], env=environment, text=True,
+        capture_output=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.stdout == "same\n", done.stderr[-2000:]
+
+
+def test_mesh_of_another_size_is_refused() -> None:
+    module = load(jax_program(support.transformer(), MESH, Placement({})))
+    with pytest.raises(ValueError, match="there are 3 devices"):
+        module.make_mesh([Device(i) for i in range(3)])
+
+
+def test_pipelined_programs_are_refused() -> None:
+    with pytest.raises(ExportError, match="pipelined"):
+        jax_program(support.transformer(pipeline_microbatches=4), MESH, Placement({}))
+
+
+def test_lines_are_short() -> None:
+    """The file is meant to be read."""
+    source = jax_program(support.transformer(optimizer="adafactor"), MESH, Placement({}))
+    assert max(map(len, source.splitlines())) <= 100
+
+
+class Device:
+    """What make_mesh needs to know of a device that has no torus coordinates."""
+
+    def __init__(self, number: int) -> None:
+        self.process_index, self.id = 0, number

@@ -47,7 +47,8 @@ def test_small_models(name: str) -> None:
 
 
 def test_three_axes() -> None:
-    assert_priced_alike(STEPS["nested_loops full"](), tpu("tpu-v4:2x2x2", x=2, y=2, z=2), 4)
+    mesh = tpu("tpu-v4:2x2x2", model=2, data=2, expert=2)  # names in no order
+    assert_priced_alike(STEPS["nested_loops full"](), mesh, 4)
 
 
 def test_a_decoder_of_lamda_s_size_on_2048_devices() -> None:

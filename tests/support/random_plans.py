@@ -42,9 +42,7 @@ class PlanDrawer:
         for home in flow.homes:
             self.options["home", home.id] = home_specs(home, self.sizes)
 
-    def node(self, place: Place) -> Node | None:
-        if place.kind == "fixed":
-            return None
+    def node(self, place: Place) -> Node:
         if place.kind == "home":
             return ("home", place.home)
         op = self.flow.sites[place.op].op
@@ -64,8 +62,7 @@ class PlanDrawer:
             if not broken:
                 return self.plan(taken)
             for c in broken:
-                ends = [n for n in (self.node(c.source), self.node(c.target)) if n is not None]
-                node = rng.choice(ends)
+                node = rng.choice((self.node(c.source), self.node(c.target)))
                 calm = rng.random() < attempt / 100  # replicated ends always have a path
                 taken[node] = self.options[node][0] if calm else self._option(rng, node, eager)
         raise AssertionError("no valid plan was drawn")
@@ -81,10 +78,7 @@ class PlanDrawer:
         return possible(source, target, c.reduce)
 
     def spec(self, place: Place, taken: Mapping[Node, object]) -> Spec:
-        if place.kind == "fixed":
-            assert place.spec is not None
-            return place.spec
-        option = taken[self.node(place)]  # type: ignore[index]
+        option = taken[self.node(place)]
         if isinstance(option, Spec):
             return Spec(option.dims[place.lead :], option.partial)
         rule = self.flow.sites[place.op].op.rule
@@ -94,10 +88,8 @@ class PlanDrawer:
 
 
 def possible(source: Spec, target: Spec, reduce: str) -> bool:
-    """Whether arrays in `source` can be brought into `target`: a shard cannot become an
-    unreduced sum, and neither can an unreduced maximum."""
-    if set(source.axes) & set(target.partial):
-        return False
+    """Whether arrays in `source` can be brought into `target`: not if an unreduced maximum
+    would have to be an unreduced sum."""
     return reduce == "sum" or not set(source.partial) & set(target.partial)
 
 

@@ -84,8 +84,8 @@ def conv_net(b: Builder) -> str:
     back = b.param("back", (2, 2, 8, 4), ("kh", "kw", "I", "O"))
     up = windows.conv_transpose(b, pooled, back, stride=2)
     bn = layers.batch_norm(b, up, b.param("bn", (4,), ("O",)), None)
-    mean = windows.global_avg_pool(b, windows.upsample(b, windows.avg_pool(b, bn, window=2), factor=2))
-    return weighted_sum(b, mean)
+    smooth = windows.upsample(b, windows.avg_pool(b, bn, window=2), factor=2)
+    return weighted_sum(b, windows.global_avg_pool(b, smooth))
 
 
 def rearranged(b: Builder) -> str:
@@ -106,8 +106,8 @@ def rearranged(b: Builder) -> str:
     top = b.map("top", [(best, dims)], dims[:2], ex.x(0), combiner="max")
     twice = b.map("twice", [(top, dims[:2])], dims[:2], ex.mul(ex.c(2.0), ex.x(0)))
     scale = b.param("scale", (8, 4), dims[:2])
-    scaled = b.map("scaled", [(twice, dims[:2]), (scale, dims[:2])], dims[:2], ex.mul(ex.x(0), ex.x(1)))
-    return weighted_sum(b, scaled)
+    both = [(twice, dims[:2]), (scale, dims[:2])]
+    return weighted_sum(b, b.map("scaled", both, dims[:2], ex.mul(ex.x(0), ex.x(1))))
 
 
 def nested_loops(b: Builder) -> str:

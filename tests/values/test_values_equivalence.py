@@ -23,7 +23,7 @@ from planner.values import reference
 
 MESHES = {
     "2x4": (("x", 2), ("y", 4)),
-    "2x2x2": (("x", 2), ("y", 2), ("z", 2)),
+    "2x2x2": (("y", 2), ("z", 2), ("x", 2)),  # names in no order
     "8": (("x", 8),),
 }
 DRAWS = 7  # plans per model and mesh: 21 per model

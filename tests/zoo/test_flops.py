@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from zoo_support import architecture, graph, training
+from zoo_support import model
 
 from planner.architectures import ARCHITECTURES, build
 from planner.graph.derive import training_step
@@ -57,8 +57,7 @@ def test_recomputation_is_hardware_work_only() -> None:
 
 
 def test_a_forward_graph_counts_once() -> None:
-    s = architecture("llama3-8b")
-    forward = build(s, 2, Training(2))
+    forward = model("t5-11b").graph
     step = training_step(Model("m", forward, Training(2, "sgd", remat="none"), 1))
     assert count_flops(step).model == 3 * count_flops(forward).model
 
@@ -73,5 +72,5 @@ def test_a_forward_graph_counts_once() -> None:
     ],
 )
 def test_forward_work_per_image_as_published(name: str, gflops: float) -> None:
-    found = count_flops(graph(name)).model / training(name).batch
+    found = count_flops(model(name).graph).model / model(name).training.batch
     assert found == pytest.approx(gflops * 1e9, rel=0.01)

@@ -1,0 +1,202 @@
+"""Predicted against compiled: bytes, collectives, FLOPs, time, each with its threshold.
+
+Only numbers are compared here; how they are shown is in `show.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from costmodels.program import MOVES, Collective, Compute, Program
+from meshes import LogicalMesh
+from planner.result import Result
+from planner.verify.compile import Compiled
+from planner.verify.hlo_reading import Executed, Reading
+from planner.verify.normalise import Moved, Totals, normalised, raw
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Largest accepted |predicted / compiled − 1|."""
+
+    arguments: float = 0.01
+    peak: float = 0.15
+    collectives: float = 0.25
+    flops: float = 0.02
+    compute: float = 0.15
+    minor: float = 0.01  # collectives below this share of all moved bytes are not judged
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `threshold` None: shown, not judged."""
+
+    name: str
+    unit: str
+    predicted: float | None
+    compiled: float | None
+    threshold: float | None = None
+
+    @property
+    def error(self) -> float | None:
+        """predicted / compiled − 1."""
+        if self.predicted is None or self.compiled is None:
+            return None
+        if self.compiled == 0:
+            return 0.0 if self.predicted == 0 else float("inf")
+        return self.predicted / self.compiled - 1
+
+    @property
+    def exceeded(self) -> bool:
+        return (
+            self.threshold is not None
+            and self.error is not None
+            and abs(self.error) > self.threshold
+        )
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What `plan verify` found. `rows` are quantities, `collectives` bytes by kind and axes in
+    the normal form, `raw` the same as predicted and as compiled."""
+
+    model: str
+    mesh: str
+    compiled: Compiled
+    fits: bool
+    limit_bytes: int
+    rows: tuple[Row, ...]
+    collectives: tuple[Row, ...]
+    raw: tuple[Row, ...]
+
+    @property
+    def judged(self) -> tuple[Row, ...]:
+        return (*self.rows, *self.collectives)
+
+    @property
+    def false_fits(self) -> bool:
+        """Predicted to fit, but the compiler ran out of memory."""
+        return self.fits and self.compiled.status == "exhausted"
+
+    @property
+    def ok(self) -> bool:
+        """Whether every judged figure is within its threshold (exit code 0, else 1)."""
+        return not self.false_fits and not any(r.exceeded for r in self.judged)
+
+
+def compare(
+    result: Result, compiled: Compiled, reading: Reading | None, thresholds: Thresholds
+) -> Verification:
+    """`reading`: the compiled program's; None if there is none (out of memory)."""
+    rows = memory_rows(result, compiled, thresholds)
+    collectives: tuple[Row, ...] = ()
+    as_is: tuple[Row, ...] = ()
+    if reading is not None:
+        rows += work_rows(result, compiled, reading, thresholds)
+        sizes = dict(result.mesh.axes)
+        moves = list(predicted_moves(result.program)), list(compiled_moves(reading.collectives))
+        # XLA's CPU backend widens bf16 to f32, and so what it moves: nothing to judge then.
+        widened = compiled.backend == "cpu" and result.model.training.compute != "f32"
+        collectives = collective_rows(
+            normalised(moves[0], sizes), normalised(moves[1], sizes),
+            None if widened else thresholds,
+        )  # fmt: skip
+        as_is = collective_rows(raw(moves[0]), raw(moves[1]), None)
+    return Verification(
+        result.model.name, result.mesh.describe(), compiled, result.fits, result.limit_bytes,
+        rows, collectives, as_is,
+    )  # fmt: skip
+
+
+# ---- memory --------------------------------------------------------------------------------------
+
+
+def memory_rows(result: Result, compiled: Compiled, t: Thresholds) -> tuple[Row, ...]:
+    """Arguments, peak, temporaries. The CPU's memory is no one's: shown, not judged."""
+    arguments = argument_bytes(result.program)
+    peak = result.memory.peak_bytes
+    # Out of memory, the compiler only gives a lower bound: then the verdict is whether it fits.
+    judged = compiled.backend != "cpu" and compiled.status == "compiled"
+    return (
+        Row("arguments", "B", arguments, compiled.argument_bytes, t.arguments if judged else None),
+        Row("peak", "B", peak, compiled.peak_bytes, t.peak if judged else None),
+        Row("temporaries", "B", peak - arguments, compiled.temp_bytes),
+    )
+
+
+def argument_bytes(program: Program) -> int:
+    """Parameters, optimizer states and the batch on one device."""
+    return sum(program.buffers[b].bytes for b in program.inputs.values())
+
+
+# ---- work ----------------------------------------------------------------------------------------
+
+
+def work_rows(
+    result: Result, compiled: Compiled, reading: Reading, t: Thresholds
+) -> tuple[Row, ...]:
+    flops = sum(
+        i.kernel.flops * n for i, n in result.program.instructions() if isinstance(i, Compute)
+    )
+    rows = [Row("FLOPs per device", "FLOP", flops, reading.flops, t.flops)]
+    if compiled.backend == "tpu":
+        seconds = reading.cycles / clock_hz(result.mesh)
+        rows.append(Row("compute time", "s", result.timing.compute_s, seconds, t.compute))
+    return tuple(rows)
+
+
+def clock_hz(mesh: LogicalMesh) -> float:
+    """What turns the compiler's estimated cycles into seconds."""
+    return mesh.chip.clock_hz
+
+
+# ---- collectives ---------------------------------------------------------------------------------
+
+
+def predicted_moves(program: Program) -> Iterable[Moved]:
+    order = [name for name, _ in program.axes]
+    for i, times in program.instructions():
+        if isinstance(i, Collective) and i.kind in MOVES:
+            axes = tuple(sorted(i.axes, key=order.index))
+            yield Moved(i.kind, axes, i.bytes * times)
+
+
+def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:
+    """All permutes of a decomposed matmul are of one kind: a reduce-scatter if any sends sums."""
+    found = list(collectives)
+    windows: dict[str, str] = {}
+    for c in found:
+        if c.window and windows.get(c.op_name) != "reduce-scatter":
+            windows[c.op_name] = c.window
+    for c in found:
+        window = windows.get(c.op_name, "") if c.kind == "collective-permute" else ""
+        yield Moved(c.kind, c.axes, c.bytes * c.count, window)
+
+
+def collective_rows(
+    predicted: Totals, compiled: Totals, t: Thresholds | None
+) -> tuple[Row, ...]:
+    """One row per kind and axes, largest first; without thresholds nothing is judged."""
+    everything = sum(compiled.values()) or sum(predicted.values())
+    keys = sorted(
+        {*predicted, *compiled},
+        key=lambda k: (-max(predicted.get(k, 0), compiled.get(k, 0)), k),
+    )
+    rows = []
+    for kind, axes in keys:
+        mine, theirs = predicted.get((kind, axes), 0.0), compiled.get((kind, axes), 0.0)
+        minor = t is None or max(mine, theirs) < t.minor * everything
+        threshold = None if t is None or minor else t.collectives
+        rows.append(Row(f"{kind} over {'+'.join(axes)}", "B", mine, theirs, threshold))
+    return tuple(rows)
+
+
+def summary(rows: Iterable[Row]) -> Mapping[str, float | None]:
+    """Median and worst |error| of judged rows."""
+    errors = sorted(abs(r.error) for r in rows if r.threshold is not None and r.error is not None)
+    if not errors:
+        return {"median": None, "worst": None}
+    middle = len(errors) // 2
+    median = errors[middle] if len(errors) % 2 else (errors[middle - 1] + errors[middle]) / 2
+    return {"median": median, "worst": errors[-1]}

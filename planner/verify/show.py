@@ -1,0 +1,108 @@
+"""A Verification as text for people and as a JSON document."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from planner.verify.compare import Row, Verification, summary
+
+_SCALES = {"B": (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)),
+           "FLOP": (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("FLOP", 1)),
+           "s": (("s", 1), ("ms", 1e-3), ("µs", 1e-6))}  # fmt: skip
+
+
+def document(v: Verification) -> dict[str, Any]:
+    """SI units, bytes, seconds; errors are predicted / compiled − 1."""
+    return {
+        "schema_version": 1,
+        "model": v.model,
+        "mesh": v.mesh,
+        "backend": v.compiled.backend,
+        "versions": dict(v.compiled.versions),
+        "status": v.compiled.status,
+        "seconds": v.compiled.seconds,
+        "fits": v.fits,
+        "limit_bytes": v.limit_bytes,
+        "needed_bytes": v.compiled.needed_bytes,
+        "ok": v.ok,
+        "quantities": [_row(r) for r in v.rows],
+        "collectives": [_row(r) for r in v.collectives],
+        "raw_collectives": [_row(r) for r in v.raw],
+        "collective_errors": dict(summary(v.collectives)),
+    }
+
+
+def _row(r: Row) -> dict[str, Any]:
+    error = r.error
+    return {
+        "name": r.name, "unit": r.unit, "predicted": r.predicted, "compiled": r.compiled,
+        "error": None if error == float("inf") else error, "threshold": r.threshold,
+        "exceeded": r.exceeded,
+    }  # fmt: skip
+
+
+def text(v: Verification) -> str:
+    """Everything compared, the verdict last."""
+    versions = ", ".join(f"{name} {number}" for name, number in v.compiled.versions.items())
+    lines = [
+        v.mesh,
+        f"{v.model}: predicted against the {v.compiled.backend} compiler ({versions})",
+        "",
+    ]
+    if v.compiled.status == "exhausted":
+        lines += [f"the compiler ran out of memory{_needed(v)}", ""]
+    lines += _table(("per device", "predicted", "compiled", "error", ""), v.rows)
+    if v.collectives:
+        lines += ["", *_table(("collectives, one form", "", "", "", ""), v.collectives)]
+        lines += ["", *_table(("collectives as they are", "", "", "", ""), v.raw)]
+    lines += ["", verdict(v)]
+    return "\n".join(lines) + "\n"
+
+
+def verdict(v: Verification) -> str:
+    if v.false_fits:
+        return "verdict: no: predicted to fit, but the compiler runs out of memory"
+    wrong = [r.name for r in v.judged if r.exceeded]
+    if wrong:
+        return f"verdict: no: beyond the threshold: {', '.join(wrong)}"
+    if v.compiled.status == "exhausted":
+        return "verdict: yes: predicted not to fit, and it does not"
+    return f"verdict: yes: {sum(r.threshold is not None for r in v.judged)} figures agree"
+
+
+def _needed(v: Verification) -> str:
+    if v.compiled.needed_bytes is None:
+        return ""
+    needed, limit = _amount(v.compiled.needed_bytes, "B"), _amount(v.limit_bytes, "B")
+    return f": it needs at least {needed} of {limit}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Row]) -> list[str]:
+    cells = [tuple(head), *(_cells(r) for r in rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    return [
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+
+
+def _cells(r: Row) -> tuple[str, str, str, str, str]:
+    error = r.error
+    shown = "-" if error is None else f"{error:+.1%}"
+    if error == float("inf"):
+        shown = "only predicted"
+    mark = "" if r.threshold is None else ("> " if r.exceeded else "≤ ") + f"{r.threshold:.0%}"
+    return r.name, _amount(r.predicted, r.unit), _amount(r.compiled, r.unit), shown, mark
+
+
+def _amount(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    for name, scale in _SCALES[unit]:
+        if abs(value) >= scale:
+            return f"{value / scale:.3f} {name}" if scale != 1 or unit == "s" else f"{value:.0f} B"
+    return f"0 {unit}"
