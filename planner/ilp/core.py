@@ -23,10 +23,13 @@ ROUNDING = 1e-9
 
 
 def first_width(linear: Linear, reduced: Vector, bound: float) -> float:
-    """δ of the first core: a share of what is undecided, and PER_NODE · nodes strategies."""
+    """δ of the first core: PER_NODE · nodes strategies, or a share of what is undecided."""
     own = np.sort(reduced[: linear.binaries])
     at = min(int(PER_NODE * len(linear.nodes)), len(own) - 1)
-    return max(float(own[at]), FIRST_SHARE * (bound - linear.offset))
+    least = ROUNDING * abs(bound)
+    width = max(float(own[at]), FIRST_SHARE * (bound - linear.offset), least)
+    # Never zero: a core that is too small is followed by a multiple of its width.
+    return width if width > 0 else float(min(reduced[reduced > 0], default=np.inf))
 
 
 def share(linear: Linear, reduced: Vector, width: float) -> float:

@@ -67,7 +67,7 @@ def search(
             return Search("infeasible", None, linear.offset)
         model.set_cap(_cap(upper, linear.offset))
     root = _relax(model, profile, clock)
-    bound = -np.inf if root is None else root.bound
+    bound = -np.inf if root is None else min(root.bound, _ceiling(model))
     if bound > upper:
         return Search("infeasible", None, bound)
     if root is not None:
@@ -85,10 +85,8 @@ def _whole(
     work, linear = model.work, model.linear
     while True:
         found = _branch(model, profile, clock, nodes, start)
-        # Without a forbidden column, or at a cost within the cap, the proof is complete. The
-        # relaxation may have left a cap below what is wanted.
-        wanted = _cap(upper, linear.offset) <= model.cap
-        proven = found.status == "infeasible" and (model.everything or wanted)
+        # Without a forbidden column, or at a cost within the cap, the proof is complete.
+        proven = found.status == "infeasible" and _ceiling(model) >= upper
         enough = found.choice is not None and found.bound <= linear.offset + model.cap
         if proven or enough or found.status == "stopped":
             return Search(found.status, found.choice, _valid(model, found, bound))
@@ -119,8 +117,7 @@ def _by_cores(
     while True:
         width = min(width, upper - root.bound + slack)
         reach = root.bound + width
-        beyond = not model.everything and reach > linear.offset + model.cap
-        if beyond or core.share(linear, root.reduced, width) > LARGEST_CORE:
+        if reach > _ceiling(model) or core.share(linear, root.reduced, width) > LARGEST_CORE:
             return None if best is None else _rest(model, profile, best, clock, nodes, bound)
         found = _core(work, linear, root.reduced, width, clock, nodes, upper, seed)
         cost = np.inf if found.choice is None else work.price(found.choice)
@@ -181,9 +178,14 @@ def _cap(cost: float, offset: float) -> float:
     return (cost - offset) * (1 + 1e-9)
 
 
+def _ceiling(model: Milp) -> float:
+    """Up to this cost nothing is ruled out by the cap."""
+    return np.inf if model.everything else model.linear.offset + model.cap
+
+
 def _valid(model: Milp, found: Search, relaxed: float) -> float:
     """A bound of the whole problem: with a cap, nothing above it is ruled out."""
-    ceiling = np.inf if model.everything else model.linear.offset + model.cap
+    ceiling = _ceiling(model)
     return max(min(found.bound, ceiling), min(relaxed, ceiling))
 
 
@@ -226,7 +228,8 @@ def _relax(model: Milp, profile: Profile, clock: Clock) -> Answer | None:
         if answer.kind != "optimal" or answer.columns is None:
             return best
         above = answer.objective - model.linear.offset
-        if above < model.cap * CAP_SHARE:
+        noise = core.ROUNDING * abs(answer.objective)
+        if noise < above < model.cap * CAP_SHARE:
             # The dearest columns would drown the others in the tolerances: look closer.
             model.set_cap(max(above, model.cap * CAP_SHARE) * CAP_GROWTH)
             continue

@@ -85,6 +85,21 @@ def test_columns_belong_to_the_reported_optimum() -> None:
     assert solve_rest(problem, work) == 113.0
 
 
+@pytest.mark.parametrize("seed", [2782968267, 249243378])
+def test_cores_grow_from_reduced_costs_that_are_all_zero(seed: int) -> None:
+    problem = from_seed(seed)
+    best = brute_force(problem)
+    assert solve_rest(problem, Work(problem)) == (np.inf if best is None else best.cost)
+
+
+def test_a_cap_below_the_known_cost_proves_nothing() -> None:
+    """A relaxation that costs nothing before memory has rows must not shut out dear columns."""
+    problem = from_seed(356198604)
+    work = Work(problem)
+    RULES["time"](work)
+    assert solve_rest(problem, work) == 408.0
+
+
 @settings(max_examples=120, deadline=None)
 @given(problems())
 def test_search_alone_is_brute_force(problem: Problem) -> None:
