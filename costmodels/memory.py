@@ -12,6 +12,13 @@ iterations):
   it, one that it reads lives to its end;
 * a carried value occupies one buffer from the start of an iteration (`entry`, to its last reader),
   a second from where the next value is made (`exit`), and one after the loop (`result`).
+
+Compilers differ from the first rule where an element-wise pass could write over its operand:
+the TPU compiler (libtpu 0.0.52, v5e) needs 128 MiB of temporaries for gelu(x w1) w2 whose middle
+takes 128 MiB, this reading counts operand and result, 256. A matmul cannot write over its
+operand: for ((x w1) c) w2 both count 256. So the reading errs on the safe side, by at most the
+results of one step. What it leaves out are a compiler's own copies, padding and fragmentation:
+the headroom is for them.
 """
 
 from __future__ import annotations
