@@ -33,7 +33,7 @@ def test_the_command_it_prints_works(capsys, tmp_path, monkeypatch):
 
 
 def test_what_cannot_fit_is_1_after_the_verdict(capsys):
-    ran = plan(capsys, TINY, "--memory", "4MiB")
+    ran = plan(capsys, TINY, "--shape", "x=8", "--memory", "4MiB")
     assert ran.code == 1
     assert ran.out.startswith("4 chips, 8 devices")
     assert "DOES NOT FIT" in ran.out
