@@ -12,11 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from costmodels.summary import collectives
 from planner.annotations import Annotated, annotated
 from planner.report import amounts
 from planner.report.document import notes
 from planner.report.tables import table
-from planner.report.traffic import traffic
 from planner.request import Planned, Sensitivity
 from planner.result import Result
 
@@ -160,7 +160,7 @@ def axes_text(a: Annotated) -> str:
 
 
 def _collectives(result: Result) -> Table:
-    rows = traffic(result.program, result.mesh)
+    rows = collectives(result.program, result.mesh)
     title = "collectives" if len(rows) <= TOP_COLLECTIVES else f"top {TOP_COLLECTIVES} collectives"
     found = table(title, "axes", "payload", "times", "each", "total", "tensor",
                    right=("payload", "times", "each", "total"))  # fmt: skip
