@@ -13,12 +13,12 @@ from rich.text import Text
 
 from costmodels.pricing import instruction_seconds
 from costmodels.program import Compute
+from costmodels.summary import CollectiveRow, collectives
 from planner.errors import InputError, nearest
 from planner.graph.core import Op
 from planner.graph.derive import AGAIN
 from planner.report import amounts
 from planner.report.tables import table
-from planner.report.traffic import Traffic, traffic
 from planner.request import Planned
 from planner.result import Result
 
@@ -30,7 +30,7 @@ def explain(planned: Planned, name: str | None) -> RenderableType:
     result = planned.result
     if name is None:
         return Group(Text(result.mesh.describe()), _costliest(result), Text(), _moves(
-            traffic(result.program, result.mesh)[:TOP]))  # fmt: skip
+            collectives(result.program, result.mesh)[:TOP]))  # fmt: skip
     tensors, ops = result.graph.all_tensors(), {op.name: op for op, _ in result.graph.walk()}
     if name not in tensors and name not in ops:
         near = nearest(name, {**tensors, **ops})
@@ -48,7 +48,7 @@ def _about(result: Result, name: str, ops: dict[str, Op]) -> Iterator[Renderable
         yield from _relations(name, ops.values())
     if name in ops:
         yield _op(result, ops[name])
-    moves = [t for t in traffic(result.program, result.mesh) if _belongs(t.tensor, name)]
+    moves = [t for t in collectives(result.program, result.mesh) if _belongs(t.tensor, name)]
     if moves:
         yield Text()
         yield _moves(moves)
@@ -99,7 +99,7 @@ def _costliest(result: Result) -> Table:
     return found
 
 
-def _moves(moves: Iterable[Traffic]) -> Table:
+def _moves(moves: Iterable[CollectiveRow]) -> Table:
     found = table("collectives", "axes", "payload", "times", "each", "total", "tensor",
                   right=("payload", "times", "each", "total"))  # fmt: skip
     for t in moves:
