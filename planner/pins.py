@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 from planner.graph.core import Graph
 from planner.graph.derive import AGAIN
+from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 
 Annotation = Mapping[str, Sequence[Sequence[str]]]  # tensor → for every dimension its axes
@@ -37,7 +38,7 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
             raise PinError(name, "there is no such tensor in the training step")
         spec = Spec(tuple(tuple(d) for d in dims))
         tensor = tensors[name]
-        stacked = len(tensor.shape) - len(spec.dims)
+        stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
         shape = tensor.shape[stacked:] if tensor.role == "parameter" else tensor.shape
         _check(name, spec, shape, sizes)
         pins[name] = spec

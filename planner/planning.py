@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from time import monotonic
 
 from costmodels.memory import Memory, read_memory
@@ -23,6 +24,7 @@ from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model
 from planner.pins import Annotation, pinned_specs
 from planner.plan import Plan, Proof
+from planner.report import amounts
 from planner.result import Result
 from planner.sharding.flow import Flow, build_flow
 from planner.sharding.formulate import Space, least_compute, mesh_resharder
@@ -46,13 +48,15 @@ Weights = tuple[float, float]
 
 @dataclass(frozen=True)
 class Options:
-    """How to plan. `memory_bytes`: limit per device instead of the chip's own."""
+    """How to plan. `memory_bytes`: limit per device instead of the chip's own. Without
+    `least_memory`, no plan is looked for once nothing fits (it takes longer than the proof)."""
 
     memory_bytes: int | None = None
     headroom: float = DEFAULT_HEADROOM
     time_limit_s: float | None = None
     seed: int = 0
     backend: str = "auto"
+    least_memory: bool = True
 
 
 class Infeasible(Exception):
@@ -217,6 +221,8 @@ class _Planning:
             if outcome.choice is None:
                 if outcome.status != "infeasible":
                     raise Unsolved(f"no plan found within the limits ({outcome.status})")
+                if not self.options.least_memory:
+                    raise Unsolved("nothing fits")
                 raise self.infeasible()
             candidate = self.candidate(outcome)
             if candidate.memory.peak_bytes <= self.target:
@@ -269,7 +275,10 @@ class _Planning:
             if least * (1 - LEAST_MEMORY_GAP) <= outcome.bound / sum(weights.values()):
                 break
             weights = heavier(weights, found[-1].memory.profile)
-        result = self.result(min(found, key=lambda c: c.memory.peak_bytes))
+        best = min(found, key=lambda c: c.memory.peak_bytes)
+        # What was minimised are bytes: nothing is known of the objective in seconds.
+        unknown = Proof("infeasible", inf, inf, inf, sum(c.plan.proof.seconds for c in found))
+        result = self.result(replace(best, plan=replace(best.plan, proof=unknown)))
         return Infeasible(result, explain(result))
 
     # ---- readings -------------------------------------------------------------------------
@@ -318,21 +327,20 @@ def heavier(weights: dict[int, float], profile: Sequence[int]) -> dict[int, floa
 
 def explain(result: Result) -> tuple[str, ...]:
     """Why nothing fits, in the user's words: what fills the memory, what could be relaxed."""
-    gib = 2**30
     memory, training = result.memory, result.model.training
     need = memory.peak_bytes * (1 + result.headroom)
     limit = result.limit_bytes
     lines = [
-        f"does not fit: the plan of least memory found needs {need / gib:.2f} GiB per device "
-        f"(headroom {result.headroom:.0%} included), the limit is {limit / gib:.2f} GiB"
+        f"does not fit: the plan of least memory found needs {amounts.size(need)} per device "
+        f"(headroom {result.headroom:.0%} included), the limit is {amounts.size(limit)}"
     ]
     parts = sorted(memory.parts.items(), key=lambda kv: -kv[1])
     lines.append(
         "memory at the peak: "
-        + ", ".join(f"{name.replace('_', ' ')} {n / gib:.2f} GiB" for name, n in parts if n)
+        + ", ".join(f"{name.replace('_', ' ')} {amounts.size(n)}" for name, n in parts if n)
     )
     lines.append(
-        "largest tensors: " + ", ".join(f"{t} {n / gib:.2f} GiB" for t, _, n in memory.largest[:5])
+        "largest tensors: " + ", ".join(f"{t} {amounts.size(n)}" for t, _, n in memory.largest[:5])
     )
     relax = ["more devices"]
     if memory.parts["activations"] + memory.parts["temporaries"] > memory.peak_bytes / 4:

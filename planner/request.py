@@ -128,11 +128,12 @@ def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
 
 def _hfu_with(request: Request, override: str) -> float | None:
     source = replace(request.source, overrides=(*request.source.overrides, override))
+    options = replace(request.options, least_memory=False)
     try:
-        planned = plan(replace(request, source=source))
+        planned = plan(replace(request, source=source, options=options))
     except (ValueError, Unsolved):  # an end of the range may be no model, or have no plan
         return None
-    return planned.result.hfu if planned.result.fits else None
+    return planned.result.hfu
 
 
 def _prefixed(progress: Progress | None, mesh: LogicalMesh) -> Progress | None:
@@ -164,7 +165,9 @@ def read_plan(stored: PlanFile) -> Planned:
         else from_text(stored.mesh_text, stored.mesh_argument)
     )
     shape = stored.stamp.shape
-    machine = Machine(stored.mesh_argument, topology, (shape,), False, stored.mesh_text, stored.layout)
+    machine = Machine(
+        stored.mesh_argument, topology, (shape,), False, stored.mesh_text, stored.layout
+    )
     mesh = machine.meshes()[0]
     _check_fresh(stored.file, stored.stamp, model, mesh, Request(stored.source))
     result = _reprice(model, mesh, stored, options)

@@ -19,11 +19,10 @@ from planner.request import Planned
 
 def plan_file(planned: Planned) -> PlanFile:
     """What plan.json holds: nothing of the machine that planned, no paths."""
-    source, result = planned.source, planned.result
-    stored = source.portable()
+    result, machine, options = planned.result, planned.machine, planned.options
     return PlanFile(
-        planfile.FILE_NAME, planned.stamp, stored, planned.machine.portable_argument,
-        planned.machine.text, planned.machine.layout, planned.options.memory_bytes, result.headroom, planned.options.seed,
+        planfile.FILE_NAME, planned.stamp, planned.source.portable(), machine.portable_argument,
+        machine.text, machine.layout, options.memory_bytes, result.headroom, options.seed,
         {name: tuple(map(tuple, dims)) for name, dims in planned.annotation.items()},
         prediction(planned), result.plan,
     )  # fmt: skip

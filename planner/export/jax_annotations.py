@@ -5,7 +5,7 @@ Only the data part is made here, laid out to be read; the code is in `jax_templa
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from importlib.resources import files
 
 from meshes import LogicalMesh
@@ -31,7 +31,8 @@ def _data(result: Result) -> str:
     tensors = annotated(result)
     return "\n".join(
         [
-            f'"""Shardings of {stamp.model} on {mesh.describe()}; {signature()}, do not edit.',
+            f'"""Shardings of {stamp.model} on {mesh.describe()};',
+            f"{signature()}, do not edit.",
             "",
             "    from annotations import constrain, make_mesh, shardings",
             "",
@@ -46,11 +47,10 @@ def _data(result: Result) -> str:
             f"MESH_HASH = {stamp.mesh_hash!r}",
             "",
             "# Every dimension's mesh axes; a stacked layer dimension is left out.",
-            *_table("SPECS", ((a.name, _tuple(map(_tuple_text, a.axes)), _dims(a)) for a in tensors)),
+            *_table("SPECS", [(a.name, _axes(a), _dims(a)) for a in tensors]),
             "",
             "# Shapes of the parameters: (stacked layer dimensions, the rest).",
-            *_table("PARAMETERS", ((a.name, f"({a.stacked!r}, {a.shape!r})", "")
-                                   for a in tensors if a.parameter)),
+            *_table("PARAMETERS", [(a.name, _shape(a), "") for a in tensors if a.parameter]),
             "",
             *_layout(mesh),
             "",
@@ -72,8 +72,12 @@ def _dims(a: Annotated) -> str:
     return f"{a.role} {shape}{stacked}".rstrip()
 
 
-def _tuple_text(axes: Sequence[str]) -> str:
-    return _tuple(map(repr, axes))
+def _axes(a: Annotated) -> str:
+    return _tuple(_tuple(map(repr, axes)) for axes in a.axes)
+
+
+def _shape(a: Annotated) -> str:
+    return f"({a.stacked!r}, {a.shape!r})"
 
 
 def _tuple(items: Iterable[str]) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console, RenderableType
 
 COLORS = ("auto", "always", "never")
-PIPED_WIDTH = 240  # columns where the output is no terminal: nothing is cut or wrapped
+PIPED_WIDTH = 10_000  # columns where the output is no terminal: nothing is cut or wrapped
 
 
 @dataclass(frozen=True)

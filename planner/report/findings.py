@@ -11,6 +11,7 @@ from planner.checks import Check
 from planner.report import amounts
 from planner.report.console import Screen
 from planner.report.document import SCHEMA_VERSION, as_json, document
+from planner.result import Result
 
 _LARGEST = 5
 
@@ -35,10 +36,13 @@ def text(checks: Sequence[Check]) -> Iterable[Text]:
             word = Text("ok   ", "green") if finding.ok else Text("FAIL ", "bold red")
             yield word.append(f"{check.file}: {finding.message}", "default")
         if check.planned is not None and not check.planned.result.fits:
-            for line in check.planned.explanation[1:]:
+            for line in check.planned.explanation[1:] or _largest(check.planned.result):
                 yield Text(f"       {line}")
-            for tensor, _, size in check.planned.result.memory.largest[:_LARGEST]:
-                yield Text(f"       {amounts.size(size):>11}  {tensor}")
+
+
+def _largest(result: Result) -> list[str]:
+    largest = result.memory.largest[:_LARGEST]
+    return [f"{amounts.size(size):>11}  {tensor}" for tensor, _, size in largest]
 
 
 def json_document(checks: Sequence[Check]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def _verdict(planned: Planned) -> Iterator[Text]:
     yield mark
     for line in planned.explanation:
         yield Text(f"  {line}")
-    if not result.fits:
+    if not result.fits and not planned.explanation:
         yield Text("  largest tensors at the peak:")
         for tensor, category, size in memory.largest[:LARGEST_TENSORS]:
             yield Text(f"    {amounts.size(size):>11}  {tensor} ({category.replace('_', ' ')})")
@@ -94,12 +94,10 @@ def _verdict(planned: Planned) -> Iterator[Text]:
 
 def _proof(result: Result) -> str:
     proof = result.plan.proof
-    text = f"solver: {proof.status}, objective {amounts.seconds(proof.objective_s)}"
-    if proof.bound_s < float("inf"):
-        text += f", bound {amounts.seconds(proof.bound_s)}"
-    if proof.gap < float("inf"):
-        text += f", gap {amounts.share(proof.gap)}"
-    return text
+    text = f"solver: {proof.status}"
+    for name, value in (("objective", proof.objective_s), ("bound", proof.bound_s)):
+        text += f", {name} {amounts.seconds(value)}" if value < float("inf") else ""
+    return text + (f", gap {amounts.share(proof.gap)}" if proof.gap < float("inf") else "")
 
 
 def _memory(result: Result) -> Table:

@@ -91,13 +91,15 @@ def test_same_input_same_report_and_files(capsys, tmp_path):
 
 
 def test_what_does_not_fit_has_all_keys_too(capsys):
-    ran = plan(capsys, TINY, "--format", "json", "--memory", "4MiB")
+    ran = plan(capsys, TINY, "--shape", "x=8", "--format", "json", "--memory", "4MiB")
     document = json.loads(ran.out)
     assert ran.code == 1
     assert set(KEYS[""].split()) <= set(document)
     assert document["memory"]["fits"] is False
     assert document["memory"]["limit_bytes"] == 4 * 2**20
     assert document["explanation"]
+    assert document["solver"]["status"] == "infeasible"
+    assert document["solver"]["objective_s"] is None
 
 
 def test_no_shape_means_the_best_candidate_and_says_so(capsys):
