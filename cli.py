@@ -230,7 +230,7 @@ def check(
 @cli.command()
 @click.argument("plan_file", type=click.Path(path_type=Path), metavar="PLAN")
 @click.option("--format", "form", required=True, metavar="FORMAT",
-              help="jax, json, flax, maxtext, shardy.")
+              help="jax, jax-program, json, flax, maxtext, shardy.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="Write there instead of to stdout.")
 @click.option("--force", is_flag=True, help="Replace a file of other origin too.")
@@ -250,6 +250,71 @@ def export(
     else:
         files.write_file(output, text, force)
         screen.remark(f"wrote {output}")
+    return OK
+
+
+@cli.command()
+@click.argument("model", metavar="MODEL|PLAN")
+@placing
+@overriding
+@limiting
+@click.option("--backend", type=click.Choice(["cpu", "tpu", "gpu"]),
+              help="Which compiler; the machine's own by default.")
+@click.option("--python", metavar="PATH", help="Interpreter of an environment that has it.")
+@click.option("--time-limit", type=SECONDS, metavar="15min", help="Longest time of the compiler.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text",
+              help="What to print.")
+@common
+def verify(
+    model: str, backend: str | None, python: str | None, time_limit: float | None, form: str,
+    quiet: bool, color: str, **rest: Any,
+) -> int:
+    """Compiles the plan of MODEL with XLA and compares it with what was predicted."""
+    from planner.report.console import Screen
+    from planner.report.document import as_json
+    from planner.request import plan_or_read
+    from planner.verify import DEFAULT_TIMEOUT_S, document, text, verify
+
+    screen = Screen(quiet, color)
+    with screen.progress() as progress:
+        planned = plan_or_read(model, lambda: _request(model, **rest), progress)
+        if progress is not None:
+            progress("compiling")
+        limit = time_limit or DEFAULT_TIMEOUT_S
+        found = verify(planned.result, backend, python, timeout_s=limit)
+    screen.data(as_json(document(found)) if form == "json" else text(found))
+    return OK if found.ok else NO
+
+
+@cli.command()
+@click.argument("plan_file", type=click.Path(path_type=Path), metavar="PLAN")
+@click.argument("name", required=False, metavar="[TENSOR|OP]")
+@common
+def explain(plan_file: Path, name: str | None, quiet: bool, color: str) -> int:
+    """Why PLAN lies as it does: what a tensor or op costs, and where its collectives come from."""
+    from planner.export import planfile
+    from planner.report import explaining
+    from planner.report.console import Screen
+    from planner.request import read_plan
+
+    planned = read_plan(planfile.load(plan_file))
+    Screen(quiet, color).show(explaining.explain(planned, name))
+    return OK
+
+
+@cli.command()
+@click.argument("before", type=click.Path(path_type=Path))
+@click.argument("after", type=click.Path(path_type=Path))
+@common
+def diff(before: Path, after: Path, quiet: bool, color: str) -> int:
+    """What changed from one plan file to another: figures and shardings."""
+    from planner.export import planfile
+    from planner.report import difference
+    from planner.report.console import Screen
+    from planner.request import read_plan
+
+    old, new = (read_plan(planfile.load(path)) for path in (before, after))
+    Screen(quiet, color).show(difference.difference(old, new))
     return OK
 
 

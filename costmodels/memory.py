@@ -10,8 +10,8 @@ iterations):
   input's memory (donated state), or a slice of a stack, takes none of its own;
 * a stack that a loop writes is allocated when the loop starts and lives through the step after
   it, one that it reads lives to its end;
-* a carried value occupies one buffer at the start of an iteration (`entry`), a second from where
-  the next value is made (`exit`), and one after the loop (`result`).
+* a carried value occupies one buffer from the start of an iteration (`entry`, to its last reader),
+  a second from where the next value is made (`exit`), and one after the loop (`result`).
 """
 
 from __future__ import annotations
@@ -143,6 +143,7 @@ class _Liveness:
         self.touch((k.init for k in loop.carries), enter)
         self.touch(stacks, enter)
         start, outside = self.now, len(self.first)
+        self.first.update((k.entry, start) for k in loop.carries)
         self.block(loop.body)
         stop = self.now
         for b in list(self.first)[:outside]:
@@ -153,15 +154,9 @@ class _Liveness:
         for s in loop.writes:  # whole until the step after the loop can take it over
             self.stop[s.outer] = max(self.stop[s.outer], stop + 1)
         for k in loop.carries:
-            self._carry(k.entry, k.exit, k.result, start, stop)
-
-    def _carry(self, entry: int, exit_: int, result: int, start: int, stop: int) -> None:
-        """`entry` lives to its last reader; unread, it is overwritten at once."""
-        if entry in self.first:
-            self.first[entry] = start
-        self.first.setdefault(exit_, start)
-        self.stop[exit_] = stop
-        self.first[result] = stop  # until somebody reads it
+            self.first.setdefault(k.exit, start)
+            self.stop[k.exit] = stop
+            self.first[k.result] = stop  # until somebody reads it
 
 
 def _roots(program: Program) -> dict[int, int]:

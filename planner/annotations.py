@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from planner.graph.core import Tensor
+from planner.graph.core import Graph, Loop, Tensor
 from planner.result import Result
 from planner.sharding.choices import WHOLE_NAMES
 
@@ -47,8 +47,9 @@ _ORDER = {"parameter": 0, "input": 1}
 
 
 def _annotated(result: Result) -> Iterator[Annotated]:
+    slices = _slices(result.model.graph)
     for name, tensor in result.model.graph.all_tensors().items():
-        spec = result.specs.get(name)
+        spec = None if name in slices else result.specs.get(name)
         if spec is None or spec.partial or (not tensor.shape and tensor.role != "parameter"):
             continue
         stacked = stacked_dims(tensor)
@@ -58,6 +59,16 @@ def _annotated(result: Result) -> Iterator[Annotated]:
             name, tensor.role, tensor.dtype, tensor.dims[stacked:], tensor.shape[stacked:], axes,
             tensor.shape[:stacked],
         )  # fmt: skip
+
+
+def _slices(graph: Graph) -> set[str]:
+    """One iteration's pieces of stacked tensors: the whole stack stands for them."""
+    found: set[str] = set()
+    for node in graph.nodes:
+        if isinstance(node, Loop):
+            found.update(s.inner for s in node.reads)
+            found |= _slices(node.body)
+    return found
 
 
 def stacked_dims(tensor: Tensor) -> int:

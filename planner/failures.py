@@ -8,12 +8,14 @@ from __future__ import annotations
 from meshes import MeshError
 from planner.errors import InputError
 from planner.export.stamp import Stale
+from planner.export.jax_ops import ExportError
 from planner.graph.builder import GraphError
 from planner.ilp.contest_reader import BadProblem
 from planner.modelfile import ModelErrors, render
 from planner.pins import PinError
 from planner.planning import Unsolved
 from planner.sharding.formulate import Unsatisfiable
+from planner.verify.errors import BackendError
 
 NO, BAD_INPUT, CRASHED = 1, 2, 3
 
@@ -29,6 +31,11 @@ def describe(error: Exception) -> tuple[int, str]:
         return BAD_INPUT, f"error: {error.message}{hint}"
     if isinstance(error, MeshError | BadProblem | PinError | GraphError | Unsatisfiable):
         return BAD_INPUT, f"error: {error}"
+    if isinstance(error, ExportError):
+        return BAD_INPUT, f"error: {error}"
+    if isinstance(error, BackendError):
+        # What the user can mend comes with a hint; a compiler that failed does not.
+        return (BAD_INPUT if error.hint else CRASHED), f"error: {error}"
     if isinstance(error, Unsolved):
         return CRASHED, f"error: {error}; give a longer --time-limit"
     return CRASHED, f"internal error: {type(error).__name__}: {error}"

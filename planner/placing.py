@@ -15,8 +15,10 @@ from meshes import LogicalMesh, Topology
 from planner.errors import InputError
 from planner.model import Model
 
+Layout = Mapping[str, Mapping[str, int]]
+
 AUTO = "auto"
-MAX_AUTOMATIC = 8  # automatic shapes tried, the most natural first
+MAX_AUTOMATIC = 5  # automatic shapes planned, the most natural first: each takes a whole planning
 SUGGESTIONS = ("tpu-v4:4x4x4", "tpu-v5e:16x16", "dgx-h100:16")
 
 
@@ -24,7 +26,8 @@ SUGGESTIONS = ("tpu-v4:4x4x4", "tpu-v5e:16x16", "dgx-h100:16")
 class Machine:
     """A topology, the candidate shapes of its logical mesh, and how the user named it.
 
-    `text` is that of a mesh file, None for a catalogue name.
+    `text` is that of a mesh file, None for a catalogue name. `layout`: how the axes of a given
+    shape are to lie on the links, None for the best way.
     """
 
     argument: str
@@ -32,6 +35,7 @@ class Machine:
     shapes: tuple[Mapping[str, int], ...]
     automatic: bool
     text: str | None = None
+    layout: Layout | None = None
 
     @property
     def portable_argument(self) -> str:
@@ -41,7 +45,7 @@ class Machine:
     def meshes(self) -> list[LogicalMesh]:
         """The candidates that can be laid on the links; MeshError if a wanted one cannot."""
         if not self.automatic:
-            return [meshes.logical(self.topology, self.shapes[0])]
+            return [meshes.logical(self.topology, self.shapes[0], self.layout)]
         return [meshes.logical(self.topology, shape) for shape in self.shapes]
 
 
@@ -60,7 +64,8 @@ def place(model: Model, mesh: str | None, shape: str | None, folder: Path) -> Ma
     if chosen is None:
         shapes = tuple(meshes.candidate_shapes(topology)[:MAX_AUTOMATIC])
         return Machine(wanted, topology, shapes, True, text)
-    return Machine(wanted, topology, (chosen,), False, text)
+    same = wanted == model.mesh and chosen == model.shape
+    return Machine(wanted, topology, (chosen,), False, text, model.layout if same else None)
 
 
 def _shape(model: Model, mesh: str | None, shape: str | None) -> Mapping[str, int] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from time import monotonic
 
 from costmodels.memory import Memory, read_memory
 from costmodels.program import Program
@@ -30,12 +31,17 @@ from planner.tying import tied_annotation, tied_meshes, untied
 
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
+WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
+LEAST_TIME_S = 1.0  # given to a solve that starts late
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
-OVERLAP_WEIGHTS = (1.0, 0.5, 0.2)  # what a second of communication counts, where it may be hidden
+# What a second of communication counts (of parameters and their gradients, of the rest), where
+# the simulator may hide it: weights are fetched ahead and gradients drain late, activations wait.
+OVERLAP_WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
 LEAST_MEMORY_ROUNDS = 12
 LEAST_MEMORY_GAP = 0.01
 
 Progress = Callable[[str], None]
+Weights = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -115,6 +121,7 @@ class _Planning:
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
+    began: float = field(default_factory=monotonic)
 
     def __post_init__(self) -> None:
         self.say("deriving the training step")
@@ -134,6 +141,15 @@ class _Planning:
         return Space(self.flow, self.mesh)
 
     @cached_property
+    def prefetched(self) -> set[str]:
+        """Parameters, what is made of them alone, and their gradients."""
+        found = {t.name for t in self.graph.all_tensors().values() if t.role == "parameter"}
+        for op, _ in self.graph.walk():
+            if op.ins and found.issuperset(op.ins):
+                found.update(op.outs)
+        return found | {self.graph.cotangents[t] for t in found if t in self.graph.cotangents}
+
+    @cached_property
     def resharder(self) -> Resharder:
         return mesh_resharder(self.mesh)
 
@@ -145,8 +161,8 @@ class _Planning:
         overlapping = bool(self.mesh.chip.overlap)
         found: list[_Candidate] = []
         proofs: list[Proof] = []
-        for weight in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
-            candidate = self.fitting(weight)
+        for weights in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
+            candidate = self.fitting(weights)
             found.append(candidate)
             proofs.append(candidate.plan.proof)
         fastest = min(found, key=lambda c: c.timing.step_time_s)
@@ -162,6 +178,7 @@ class _Planning:
             self.say(f"tying axes {pair[0]} and {pair[1]}")
             tied = tied_annotation(self.annotation, pair)
             planning = _Planning(self.model, mesh, self.options, tied, self.progress)
+            planning.began = self.began
             result = planning.best()
             found.append((result.timing.step_time_s, untied(result.plan, pair, self.mesh)))
         if not found:
@@ -179,7 +196,7 @@ class _Planning:
         )
 
     def unlimited(self) -> Result:
-        outcome = self.solved(None, 1.0)
+        outcome = self.solved(None, OVERLAP_WEIGHTS[0])
         return self.result(self.candidate(outcome, "given"))
 
     def read(self, plan: Plan) -> Result:
@@ -192,11 +209,11 @@ class _Planning:
 
     # ---- the ILP with memory ---------------------------------------------------------------
 
-    def fitting(self, weight: float) -> _Candidate:
+    def fitting(self, weights: Weights) -> _Candidate:
         """Least surrogate cost among the plans that fit; constraints are added as needed."""
         for _ in range(MEMORY_ROUNDS):
             limited = self.target - self.slack if self.active else None
-            outcome = self.solved(limited, weight)
+            outcome = self.solved(limited, weights)
             if outcome.choice is None:
                 if outcome.status != "infeasible":
                     raise Unsolved(f"no plan found within the limits ({outcome.status})")
@@ -221,14 +238,23 @@ class _Planning:
             return
         self.slack += memory.peak_bytes - self.target + 1
 
-    def solved(self, limit: float | None, weight: float) -> Outcome:
-        weights = None if weight == 1.0 else [weight] * len(self.flow.conversions)
-        problem = self.space.problem(limit, self.active, weights)
+    def solved(self, limit: float | None, weights: Weights) -> Outcome:
+        ahead, waiting = weights
+        counts = [
+            ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions
+        ]
+        problem = self.space.problem(limit, self.active, counts)
         self.say(f"solving for {problem.size} decisions")
         return solve(
-            problem, backend=self.options.backend, time_limit=self.options.time_limit_s,
-            seed=self.options.seed,
+            problem, backend=self.options.backend, time_limit=self.time_left(),
+            work_limit=WORK_LIMIT, seed=self.options.seed,
         )  # fmt: skip
+
+    def time_left(self) -> float | None:
+        """What is left of the time limit, which is for the whole of planning."""
+        if self.options.time_limit_s is None:
+            return None
+        return max(LEAST_TIME_S, self.options.time_limit_s - (monotonic() - self.began))
 
     def infeasible(self) -> Infeasible:
         """The plan of least memory (multiplicative weights over the constrained steps)."""

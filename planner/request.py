@@ -7,7 +7,7 @@ results are shown. `Planned` is what reports and exporters get.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import meshes
 from meshes import LogicalMesh
 from meshes.resolve import from_text
 from planner.errors import InputError
+from planner.export import planfile
 from planner.export.annotationfile import AnnotationFile
 from planner.export.planfile import PlanFile
 from planner.export.stamp import Stale, Stamp
@@ -108,7 +109,12 @@ def _plan_one(
 
 
 def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
-    """Plans both ends of the range of every assumed parameter, on the mesh of `planned`."""
+    """Plans both ends of the range of every assumed parameter, on the mesh of `planned`.
+
+    Nothing where `planned` does not fit: then utilization is not the question.
+    """
+    if not planned.result.fits:
+        return []
     shape = planned.stamp.shape_text
     found = []
     for assumed in planned.result.model.assumed:
@@ -158,11 +164,21 @@ def read_plan(stored: PlanFile) -> Planned:
         else from_text(stored.mesh_text, stored.mesh_argument)
     )
     shape = stored.stamp.shape
-    machine = Machine(stored.mesh_argument, topology, (shape,), False, stored.mesh_text)
+    machine = Machine(stored.mesh_argument, topology, (shape,), False, stored.mesh_text, stored.layout)
     mesh = machine.meshes()[0]
     _check_fresh(stored.file, stored.stamp, model, mesh, Request(stored.source))
     result = _reprice(model, mesh, stored, options)
     return Planned(stored.source, machine, result, options, stored.constraints)
+
+
+def plan_or_read(
+    argument: str, request: Callable[[], Request], progress: Progress | None = None
+) -> Planned:
+    """The plan of a model; if `argument` is a plan file or its folder, the plan in it."""
+    path = Path(argument)
+    if path.is_dir() or (path.suffix == ".json" and path.is_file()):
+        return read_plan(planfile.load(path))
+    return plan(request(), progress)
 
 
 def price_annotated(request: Request, given: AnnotationFile) -> Planned:

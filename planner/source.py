@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from meshes.yamltree import MAX_CHARACTERS, YamlProblem, decode, read_text
 from planner.errors import InputError, nearest
 from planner.model import Model
 
 STDIN = "-"
-MAX_BYTES = 64 * 2**20  # a larger "model file" is something else, picked by mistake
+STDIN_NAME = "<stdin>"
+MAX_BYTES = 4 * MAX_CHARACTERS  # UTF-8 takes up to 4 bytes a character
 _FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 _MODEL_SUFFIXES = (".yaml", ".yml", ".json")
 
@@ -58,7 +60,7 @@ def find(argument: str, overrides: Sequence[str] = (), commands: Sequence[str] =
     """The source that `argument` names; InputError with the nearest names if there is none."""
     overrides = tuple(overrides)
     if argument == STDIN:
-        return Source(argument, "<stdin>", _decoded(sys.stdin.buffer.read(), "<stdin>"), overrides)
+        return Source(argument, STDIN_NAME, _standard_input(), overrides)
     path = Path(argument)
     if path.is_file():
         return Source(argument, argument, _read(path), overrides)
@@ -85,17 +87,21 @@ def _unknown(argument: str, commands: Sequence[str], models: Sequence[str]) -> I
 
 
 def _read(path: Path) -> str:
+    """The file's text; ModelErrors for what is no text or too large, by the limits of YAML."""
+    from planner.modelfile.diagnostics import ModelErrors, from_yaml
+
     try:
-        if path.stat().st_size > MAX_BYTES:
-            size = path.stat().st_size
-            raise InputError(f"{path}: {size} bytes are too many for a model file")
-        return _decoded(path.read_bytes(), str(path))
+        return read_text(path)
+    except YamlProblem as problem:
+        raise ModelErrors([from_yaml(problem)]) from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _decoded(data: bytes, file: str) -> str:
+def _standard_input() -> str:
+    from planner.modelfile.diagnostics import ModelErrors, from_yaml
+
     try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file}: byte {error.start} is not UTF-8 text") from None
+        return decode(sys.stdin.buffer.read(MAX_BYTES + 1), STDIN_NAME)
+    except YamlProblem as problem:
+        raise ModelErrors([from_yaml(problem)]) from None

@@ -9,8 +9,10 @@ from collections.abc import Callable
 
 from planner.annotations import axes_by_name
 from planner.errors import InputError, nearest
-from planner.export import annotationfile, jax_annotations, planfile
+from planner.export import annotationfile, jax_annotations, logical_rules, planfile, shardy
+from planner.export.jax_program import result_program
 from planner.export.planfile import PlanFile
+from planner.export.stamp import signature
 from planner.report.document import prediction
 from planner.request import Planned
 
@@ -21,7 +23,7 @@ def plan_file(planned: Planned) -> PlanFile:
     stored = source.portable()
     return PlanFile(
         planfile.FILE_NAME, planned.stamp, stored, planned.machine.portable_argument,
-        planned.machine.text, planned.options.memory_bytes, result.headroom, planned.options.seed,
+        planned.machine.text, planned.machine.layout, planned.options.memory_bytes, result.headroom, planned.options.seed,
         {name: tuple(map(tuple, dims)) for name, dims in planned.annotation.items()},
         prediction(planned), result.plan,
     )  # fmt: skip
@@ -42,7 +44,11 @@ def _json(planned: Planned) -> str:
 
 FORMATS: dict[str, Callable[[Planned], str]] = {
     "jax": lambda planned: jax_annotations.dump(planned.result),
+    "jax-program": lambda planned: f"# {signature()}\n{result_program(planned.result)}",
     "json": _json,
+    "flax": lambda planned: logical_rules.flax(planned.result),
+    "maxtext": lambda planned: logical_rules.maxtext(planned.result),
+    "shardy": lambda planned: shardy.dump(planned.result),
 }
 
 

@@ -41,6 +41,7 @@ class _Model(_Strict):
 class _Mesh(_Strict):
     argument: str
     text: str | None
+    layout: dict[str, dict[str, int]] | None = None
 
 
 class _Options(_Strict):
@@ -94,6 +95,7 @@ class PlanFile:
     source: Source
     mesh_argument: str
     mesh_text: str | None
+    layout: Mapping[str, Mapping[str, int]] | None
     memory_bytes: int | None
     headroom: float
     seed: int
@@ -112,7 +114,10 @@ def dump(stored: PlanFile) -> str:
                 "argument": source.argument, "file": source.file,
                 "overrides": list(source.overrides), "text": source.text,
             },
-            "mesh": {"argument": stored.mesh_argument, "text": stored.mesh_text},
+            "mesh": {
+                "argument": stored.mesh_argument, "text": stored.mesh_text,
+                "layout": _layout(stored),
+            },
             "options": {
                 "memory_bytes": stored.memory_bytes, "headroom": stored.headroom,
                 "seed": stored.seed,
@@ -127,6 +132,12 @@ def dump(stored: PlanFile) -> str:
             "homes": [_home(spec) for spec in stored.plan.homes],
         }
     )  # fmt: skip
+
+
+def _layout(stored: PlanFile) -> dict[str, dict[str, int]] | None:
+    if stored.layout is None:
+        return None
+    return {axis: dict(parts) for axis, parts in stored.layout.items()}
 
 
 def _choice(choice: Choice) -> dict[str, Any]:
@@ -169,8 +180,8 @@ def _plan_file(d: _Document, file: str) -> PlanFile:
     )
     source = Source(d.model.argument, d.model.file, d.model.text, d.model.overrides)
     return PlanFile(
-        file, stamp, source, d.mesh.argument, d.mesh.text, d.options.memory_bytes,
-        d.options.headroom, d.options.seed, d.constraints, d.predicted, plan,
+        file, stamp, source, d.mesh.argument, d.mesh.text, d.mesh.layout,
+        d.options.memory_bytes, d.options.headroom, d.options.seed, d.constraints, d.predicted, plan,
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def _fusible(producer: Op, reader: Op) -> bool:
         and producer.phase == reader.phase
         and len(producer.outs) == 1
         and not any(f.kind == "reduce" for f in producer.rule.factors)
-        and not any(producer.attrs.get(k) for k in ("vjp", "onehot", "stop"))
+        and not any(producer.attrs.get(k) for k in ("vjp", "onehot", "stop", "epilogue"))
     )
 
 

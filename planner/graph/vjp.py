@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from planner.graph import expr as ex
 from planner.graph import structural, windows
-from planner.graph.builder import Builder, Operand
+from planner.graph.builder import Builder, Operand, contraction_sizes
 from planner.graph.core import Op
 
 Cotangents = Mapping[str, str]  # forward tensor → tensor holding its cotangent
@@ -97,12 +97,25 @@ VJPS: dict[str, Vjp] = {"map": map_vjp, **structural.VJPS, **windows.VJPS}
 
 
 def add_up(b: Builder, name: str, parts: Sequence[str]) -> str:
-    """The sum of several cotangents of one tensor."""
-    if len(parts) == 1:
-        return parts[0]
+    """The sum of several cotangents of one tensor.
+
+    Results of products are added first, in an op of their own: it costs little, because
+    compilers add into the product's output, and its partial sums need only one reduction.
+    """
+    made = {out: node for node in b.nodes if isinstance(node, Op) for out in node.outs}
+    products = [p for p in parts if p in made and contraction_sizes(made[p]) is not None]
+    if len(products) > 1:
+        others = [p for p in parts if p not in products]
+        parts = [_sum(b, name, products, {"epilogue": True}), *others]
+    return parts[0] if len(parts) == 1 else _sum(b, name, parts, {})
+
+
+def _sum(b: Builder, name: str, parts: Sequence[str], attrs: Mapping[str, bool]) -> str:
     value = ex.x(0)
     for i in range(1, len(parts)):
         value = ex.add(value, ex.x(i))
     tensor = b.lookup(parts[0])
     labels = tensor.dims
-    return b.map(name, [(p, labels) for p in parts], labels, value, dtype=tensor.dtype)
+    return b.map(
+        name, [(p, labels) for p in parts], labels, value, dtype=tensor.dtype, attrs=attrs
+    )

@@ -85,8 +85,10 @@ def _whole(
     work, linear = model.work, model.linear
     while True:
         found = _branch(model, profile, clock, nodes, start)
-        # Without a forbidden column, or at a cost within the cap, the proof is complete.
-        proven = found.status == "infeasible" and (model.everything or np.isfinite(upper))
+        # Without a forbidden column, or at a cost within the cap, the proof is complete. The
+        # relaxation may have left a cap below what is wanted.
+        wanted = _cap(upper, linear.offset) <= model.cap
+        proven = found.status == "infeasible" and (model.everything or wanted)
         enough = found.choice is not None and found.bound <= linear.offset + model.cap
         if proven or enough or found.status == "stopped":
             return Search(found.status, found.choice, _valid(model, found, bound))

@@ -34,8 +34,8 @@ def local_elements(rule: Rule, dims: Dims) -> int:
 def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
     """Bytes through device memory: every operand read and every result written once."""
     rule = op.rule
-    if not op.ins:
-        return 0.0  # constants fuse into their readers
+    if not op.ins or op.kind == "reshape":
+        return 0.0  # constants fuse into their readers, a reshape is another view
     reads = [
         local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
         for t, d in zip(op.ins, rule.ins, strict=True)
@@ -46,13 +46,15 @@ def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
     ]
     if op.attrs.get("onehot") == "take":
         return float(reads[1] + 2 * writes[0])  # only the rows looked up are read
+    if op.attrs.get("epilogue"):
+        return float(sum(reads[1:]))  # products add the others' results into their own
     return float(sum(reads) + sum(writes))
 
 
 def _vector_flops(op: Op) -> float:
     """Elementwise operations over the points that the op visits."""
-    if op.attrs.get("onehot") == "take":
-        return 0.0
+    if op.attrs.get("onehot"):
+        return 0.0  # a lookup or a scatter visits only the rows that ids name
     exprs = op.attrs.get("exprs")
     if exprs is None or contraction_sizes(op) is not None:
         return 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console, RenderableType
 
 COLORS = ("auto", "always", "never")
-PIPED_WIDTH = 120  # columns where the output is no terminal
+PIPED_WIDTH = 240  # columns where the output is no terminal: nothing is cut or wrapped
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,11 @@ class Screen:
 
     def show(self, what: RenderableType) -> None:
         """Something to read on stdout. Text that comes from users is never taken for markup."""
-        _console(self.color, stderr=False).print(what, markup=False, highlight=False, emoji=False)
+        console = _console(self.color, stderr=False)
+        with console.capture() as captured:
+            console.print(what, markup=False, highlight=False, emoji=False)
+        lines = captured.get().split("\n")
+        sys.stdout.write("\n".join(line.rstrip() for line in lines))
 
     def data(self, text: str) -> None:
         """Exact text on stdout."""

@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from costmodels.summary import collectives
 from planner.annotations import as_lists, axes_by_name
 from planner.export.jsontext import finite
-from planner.report.traffic import traffic
 from planner.request import Planned
 from planner.result import Result
 
@@ -42,7 +42,7 @@ def document(planned: Planned) -> dict[str, Any]:
                 "kind": t.kind, "axes": list(t.axes), "bytes": t.bytes, "seconds": t.seconds,
                 "count": t.count, "tensor": t.tensor,
             }
-            for t in traffic(result.program, result.mesh)
+            for t in collectives(result.program, result.mesh)
         ],
         "annotations": as_lists(axes_by_name(result)),
         "assumed": [

@@ -12,10 +12,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from costmodels.summary import collectives
 from planner.annotations import Annotated, annotated
 from planner.report import amounts
 from planner.report.document import notes
-from planner.report.traffic import traffic
+from planner.report.tables import table
 from planner.request import Planned, Sensitivity
 from planner.result import Result
 
@@ -49,7 +50,7 @@ def _parts(
     yield _collectives(result)
     if result.model.assumed:
         yield Text()
-        yield _assumed(result, sensitivity)
+        yield from _assumed(result, sensitivity)
     for note in notes(planned):
         yield Text(f"note: {note}")
     if command is not None:
@@ -101,38 +102,27 @@ def _proof(result: Result) -> str:
     return text
 
 
-def _table(*columns: str, right: Sequence[str] = ()) -> Table:
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=True,
-                  header_style="bold")  # fmt: skip
-    for name in columns:
-        table.add_column(
-            Text(name), justify="right" if name in right else "left", no_wrap=True,
-            overflow="fold",
-        )  # fmt: skip
-    return table
-
-
 def _memory(result: Result) -> Table:
-    table = _table("memory", "per device", "share", right=("per device", "share"))
+    found = table("memory", "per device", "share", right=("per device", "share"))
     peak = result.memory.peak_bytes
     for part, size in result.memory.parts.items():
         share = amounts.share(size / peak) if peak else ""
-        table.add_row(part.replace("_", " "), amounts.size(size), share)
-    table.add_row("peak", amounts.size(peak), "", style="bold")
-    return table
+        found.add_row(part.replace("_", " "), amounts.size(size), share)
+    found.add_row("peak", amounts.size(peak), "", style="bold")
+    return found
 
 
 def _time(result: Result) -> Table:
     timing = result.timing
-    table = _table("time", "per step", "share", right=("per step", "share"))
+    found = table("time", "per step", "share", right=("per step", "share"))
     for name, part in (
         ("compute", timing.compute_s),
         ("exposed communication", timing.exposed_communication_s),
         ("bubble", timing.bubble_s),
     ):
-        table.add_row(name, amounts.seconds(part), amounts.share(part / timing.step_time_s))
-    table.add_row("step", amounts.seconds(timing.step_time_s), "", style="bold")
-    return table
+        found.add_row(name, amounts.seconds(part), amounts.share(part / timing.step_time_s))
+    found.add_row("step", amounts.seconds(timing.step_time_s), "", style="bold")
+    return found
 
 
 def _shardings(result: Result) -> Iterator[RenderableType]:
@@ -158,12 +148,12 @@ def _elements(a: Annotated) -> int:
 
 
 def _sharding_table(title: str, tensors: Sequence[Annotated]) -> Table:
-    table = _table(title, "sharding", "shape")
+    found = table(title, "sharding", "shape")
     for a in tensors:
         stacked = f"{'×'.join(map(str, a.stacked))} × " if a.stacked else ""
         shape = ", ".join(f"{d} {n}" for d, n in zip(a.dims, a.shape, strict=True))
-        table.add_row(Text(a.name), Text(axes_text(a)), Text(f"{stacked}[{shape}]"))
-    return table
+        found.add_row(Text(a.name), Text(axes_text(a)), Text(f"{stacked}[{shape}]"))
+    return found
 
 
 def axes_text(a: Annotated) -> str:
@@ -172,26 +162,26 @@ def axes_text(a: Annotated) -> str:
 
 
 def _collectives(result: Result) -> Table:
-    rows = traffic(result.program, result.mesh)
+    rows = collectives(result.program, result.mesh)
     title = "collectives" if len(rows) <= TOP_COLLECTIVES else f"top {TOP_COLLECTIVES} collectives"
-    table = _table(title, "axes", "payload", "times", "each", "total", "tensor",
+    found = table(title, "axes", "payload", "times", "each", "total", "tensor",
                    right=("payload", "times", "each", "total"))  # fmt: skip
     for t in rows[:TOP_COLLECTIVES]:
-        table.add_row(
+        found.add_row(
             t.kind, "+".join(t.axes), amounts.size(t.bytes), str(t.count),
             amounts.seconds(t.seconds), amounts.seconds(t.total_s), Text(t.tensor),
         )  # fmt: skip
-    return table
+    return found
 
 
-def _assumed(result: Result, sensitivity: Sequence[Sensitivity]) -> Table:
+def _assumed(result: Result, sensitivity: Sequence[Sensitivity]) -> Iterator[Text]:
+    """What the model's source leaves open, and what it means for the utilization."""
     ends = {s.key: s for s in sensitivity}
-    table = _table("assumed", "value", "range", "HFU at the ends", "why")
+    yield Text("assumed", "bold")
     for a in result.model.assumed:
         found = ends.get(a.key)
-        hfu = f"{_hfu(found.low_hfu)} … {_hfu(found.high_hfu)}" if found else ""
-        table.add_row(Text(a.key), str(a.value), f"{a.low} … {a.high}", hfu, Text(a.why))
-    return table
+        hfu = f", HFU {_hfu(found.low_hfu)} … {_hfu(found.high_hfu)}" if found else ""
+        yield Text(f"  {a.key} = {a.value} of {a.low} … {a.high}{hfu}: {a.why}")
 
 
 def _hfu(value: float | None) -> str:

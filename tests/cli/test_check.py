@@ -1,0 +1,91 @@
+"""`plan check`: verdicts, formats, stale exports, regressions."""
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_support import TINY, plan
+
+from planner.export import planfile
+
+
+def _step(planned):
+    return planfile.load(planned).predicted["step_time_s"]
+
+
+def test_yes_is_0_no_is_1(planned, capsys):
+    assert plan(capsys, "check", TINY, "--plan", planned).code == 0
+    ran = plan(capsys, "check", TINY, "--plan", planned, "--memory", "4MiB")
+    assert ran.code == 1
+    assert "FAIL" in ran.out
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.01, 0), (0.99, 1)])
+def test_step_time_and_utilization_are_limits(planned, capsys, factor, code):
+    predicted = planfile.load(planned).predicted
+    step = f"{predicted['step_time_s'] * factor}s"
+    assert plan(capsys, "check", TINY, "--plan", planned, "--max-step-time", step).code == code
+    mfu = f"{predicted['utilization']['mfu'] / factor * 100}%"
+    assert plan(capsys, "check", TINY, "--plan", planned, "--min-utilization", mfu).code == code
+
+
+def test_headroom_counts(planned, capsys):
+    predicted = planfile.load(planned).predicted["memory"]
+    limit = str(int(predicted["peak_bytes"] * 1.3))
+    arguments = ["check", TINY, "--plan", planned, "--memory", limit]
+    assert plan(capsys, *arguments, "--headroom", "20%").code == 0
+    assert plan(capsys, *arguments, "--headroom", "40%").code == 1
+
+
+def test_regressions(planned, capsys, tmp_path):
+    """The baseline was faster by 5 %: beyond a tolerance of 2 %, within one of 10 %."""
+    document = json.loads((planned / "plan.json").read_text(encoding="utf-8"))
+    document["predicted"]["step_time_s"] *= 0.95
+    baseline = tmp_path / "before.json"
+    baseline.write_text(json.dumps(document), encoding="utf-8")
+    arguments = ["check", TINY, "--plan", planned, "--baseline", baseline]
+    ran = plan(capsys, *arguments)
+    assert ran.code == 1
+    assert "+5.3%" in ran.out
+    assert plan(capsys, *arguments, "--tolerance", "10%").code == 0
+    assert plan(capsys, *arguments[:-1], planned).code == 0
+
+
+@pytest.mark.parametrize("option", ["--plan", "--annotations"])
+def test_a_stale_export_is_called_out_with_the_command(planned, capsys, tmp_path, option):
+    model = tmp_path / "model.yaml"
+    text = Path(TINY).read_text(encoding="utf-8")
+    file = planned / ("plan.json" if option == "--plan" else "annotations.json")
+    model.write_text(f"# another comment\n{text}", encoding="utf-8")
+    assert plan(capsys, "check", model, option, file).code == 0
+    model.write_text(text.replace("d_ff: 1024", "d_ff: 2048"), encoding="utf-8")
+    ran = plan(capsys, "check", model, option, file)
+    assert ran.code == 1
+    assert "stale" in ran.out
+    assert f"plan {model} -o {planned}" in ran.out
+    other = plan(capsys, "check", TINY, option, file, "--shape", "x=4,y=2")
+    assert other.code == 1
+    assert "x=2,y=4" in other.out
+
+
+def test_json_and_github(planned, capsys):
+    arguments = ["check", TINY, "--plan", planned, "--memory", "4MiB", "--format"]
+    ran = plan(capsys, *arguments, "json")
+    document = json.loads(ran.out)
+    assert (ran.code, document["ok"]) == (1, False)
+    finding = document["checks"][0]["findings"][0]
+    assert (finding["rule"], finding["limit"]) == ("memory", 4 * 2**20)
+    assert document["checks"][0]["result"]["memory"]["fits"] is False
+    lines = plan(capsys, *arguments, "github").out.splitlines()
+    assert lines[0].startswith(f"::error file={TINY},line=1,col=1,title=memory::does not fit")
+
+
+def test_several_models(capsys):
+    ran = plan(capsys, "check", TINY, TINY, "--format", "json")
+    assert len(json.loads(ran.out)["checks"]) == 2
+    assert plan(capsys, "check", TINY, TINY, "--plan", "x").code == 2
+
+
+def test_solving_and_pricing_agree(planned, capsys):
+    solved = json.loads(plan(capsys, "check", TINY, "--format", "json").out)
+    assert solved["checks"][0]["result"]["step_time_s"] == _step(planned)
