@@ -9,6 +9,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -221,7 +222,7 @@ def check(
     for model in models:
         request = _request(model=model, **rest)
         with screen.progress() as progress:
-            price = _given(request, plan_file, annotations) or (lambda: plan(request, progress))
+            price = _given(request, plan_file, annotations) or partial(plan, request, progress)
             checks.append(check(request.source.file, price, limits))
     findings.show(screen, checks, form)
     return OK if all(c.ok for c in checks) else NO

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from meshes import MeshError
 from planner.errors import InputError
-from planner.export.stamp import Stale
 from planner.export.jax_ops import ExportError
+from planner.export.stamp import Stale
 from planner.graph.builder import GraphError
 from planner.ilp.contest_reader import BadProblem
 from planner.modelfile import ModelErrors, render

@@ -164,7 +164,9 @@ def read_plan(stored: PlanFile) -> Planned:
         else from_text(stored.mesh_text, stored.mesh_argument)
     )
     shape = stored.stamp.shape
-    machine = Machine(stored.mesh_argument, topology, (shape,), False, stored.mesh_text, stored.layout)
+    machine = Machine(
+        stored.mesh_argument, topology, (shape,), False, stored.mesh_text, stored.layout
+    )
     mesh = machine.meshes()[0]
     _check_fresh(stored.file, stored.stamp, model, mesh, Request(stored.source))
     result = _reprice(model, mesh, stored, options)

@@ -98,5 +98,6 @@ def _example(kind: str) -> Mapping[str, Any]:
     files = [yaml.safe_load(zoo.text(name)) for name in zoo.names()]
     same = [f for f in files if f.get("architecture", {}).get("kind") == kind]
     if not same:
-        raise InputError(f"no built-in model is of kind {kind!r}", "docs/model-files.md has its keys")
+        hint = "docs/model-files.md has its keys"
+        raise InputError(f"no built-in model is of kind {kind!r}", hint)
     return min(same, key=lambda f: float(f.get("published_parameters", "inf")))

@@ -23,7 +23,8 @@ def plan_file(planned: Planned) -> PlanFile:
     stored = source.portable()
     return PlanFile(
         planfile.FILE_NAME, planned.stamp, stored, planned.machine.portable_argument,
-        planned.machine.text, planned.machine.layout, planned.options.memory_bytes, result.headroom, planned.options.seed,
+        planned.machine.text, planned.machine.layout, planned.options.memory_bytes,
+        result.headroom, planned.options.seed,
         {name: tuple(map(tuple, dims)) for name, dims in planned.annotation.items()},
         prediction(planned), result.plan,
     )  # fmt: skip

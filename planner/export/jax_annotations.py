@@ -29,6 +29,7 @@ def _code() -> str:
 def _data(result: Result) -> str:
     mesh, stamp = result.mesh, Stamp.of(result.model, result.mesh)
     tensors = annotated(result)
+    specs = ((a.name, _tuple(map(_tuple_text, a.axes)), _dims(a)) for a in tensors)
     return "\n".join(
         [
             f'"""Shardings of {stamp.model} on {mesh.describe()}; {signature()}, do not edit.',
@@ -46,7 +47,7 @@ def _data(result: Result) -> str:
             f"MESH_HASH = {stamp.mesh_hash!r}",
             "",
             "# Every dimension's mesh axes; a stacked layer dimension is left out.",
-            *_table("SPECS", ((a.name, _tuple(map(_tuple_text, a.axes)), _dims(a)) for a in tensors)),
+            *_table("SPECS", specs),
             "",
             "# Shapes of the parameters: (stacked layer dimensions, the rest).",
             *_table("PARAMETERS", ((a.name, f"({a.stacked!r}, {a.shape!r})", "")

@@ -6,7 +6,6 @@ the marker below behind the data of a plan, so it may use nothing but jax and th
 # mypy: ignore-errors
 # >>> code
 import re
-from collections.abc import Mapping
 
 import jax
 import numpy as np

@@ -181,7 +181,8 @@ def _plan_file(d: _Document, file: str) -> PlanFile:
     source = Source(d.model.argument, d.model.file, d.model.text, d.model.overrides)
     return PlanFile(
         file, stamp, source, d.mesh.argument, d.mesh.text, d.mesh.layout,
-        d.options.memory_bytes, d.options.headroom, d.options.seed, d.constraints, d.predicted, plan,
+        d.options.memory_bytes, d.options.headroom, d.options.seed,
+        d.constraints, d.predicted, plan,
     )  # fmt: skip
 
 

@@ -143,14 +143,15 @@ def test_interrupted_is_130(capsys, monkeypatch):
 
 def test_a_closed_pipe_ends_quietly():
     shell = f"{sys.executable} cli.py meshes | true; echo ${{PIPESTATUS[0]}}"
-    ran = subprocess.run(["bash", "-c", shell], cwd=ROOT, capture_output=True, text=True, check=True)
+    command = ["bash", "-c", shell]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "0"
     assert ran.stderr == ""
 
 
 def test_a_model_on_standard_input():
     ran = subprocess.run(
-        [sys.executable, "cli.py", "-", "--quiet"], cwd=ROOT, stdin=open(TINY, "rb"),
+        [sys.executable, "cli.py", "-", "--quiet"], cwd=ROOT, input=Path(TINY).read_text("utf-8"),
         capture_output=True, text=True, check=True, env={**os.environ, "NO_COLOR": "1"},
     )  # fmt: skip
     assert ran.stdout.startswith("4 chips, 8 devices")

@@ -42,7 +42,8 @@ def test_positive_and_finite(name, kind, axes, size):
 def test_grows_with_bytes_and_without_jumps(name, kind, axes, size):
     """Latency plus a constant rate: monotone, continuous, and never better than in parts."""
     mesh = LAID[name]
-    start, whole, half, double = collective_seconds(mesh, kind, axes, size * np.array([0, 1, 0.5, 2]))
+    sizes = size * np.array([0, 1, 0.5, 2])
+    start, whole, half, double = collective_seconds(mesh, kind, axes, sizes)
     assert start <= half <= whole <= double
     assert whole - half == pytest.approx(half - start, rel=1e-6, abs=1e-15)
     assert whole <= 2 * half + 1e-15
@@ -193,7 +194,8 @@ def test_a_group_of_one_gpu_per_node_has_one_port():
     one = bus_bandwidth("dgx-a100-80gb:2", shape, ("x",))
     assert one == pytest.approx(24e9, rel=0.01)
     assert bus_bandwidth("dgx-a100-80gb:2", shape, ("y",)) == pytest.approx(228e9, rel=0.01)
-    assert bus_bandwidth("dgx-a100-80gb:2", {"x": 4, "y": 4}, ("x",)) == pytest.approx(2 * one, rel=0.02)
+    two = bus_bandwidth("dgx-a100-80gb:2", {"x": 4, "y": 4}, ("x",))
+    assert two == pytest.approx(2 * one, rel=0.02)
 
 
 def test_all_to_all_between_nodes_is_bound_by_the_port():

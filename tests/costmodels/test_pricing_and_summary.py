@@ -60,5 +60,6 @@ def test_equal_collectives_of_a_loop_are_one_row():
     loop = LoopStep("l", 8, Step("e", ()), body, (CarryBuffers(x, entry, exit_, result),), (), ())
     mesh = mesh_of(MESHES[0])
     (row,) = collectives(d.program([loop], [x], [result]), mesh)
-    assert (row.kind, row.axes, row.bytes, row.count, row.tensor) == ("all-reduce", ("x",), 1000, 16, "h")
+    assert (row.kind, row.axes, row.tensor) == ("all-reduce", ("x",), "h")
+    assert (row.bytes, row.count) == (1000, 16)
     assert row.seconds == pytest.approx(collective_seconds(mesh, "all-reduce", ("x",), 1000))
