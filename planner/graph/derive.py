@@ -98,9 +98,8 @@ def _close_accumulation(
             dtype="f32",
         )  # fmt: skip
         carries.append((zero, entry, exit_))
-    nodes = fuse_nodes(
-        scope.nodes, scope.tensors, keep={n for _, entry, e in carries for n in (entry, e)} | {*keep}
-    )
+    carried = {n for _, entry, exit_ in carries for n in (entry, exit_)}
+    nodes = fuse_nodes(scope.nodes, scope.tensors, keep=carried | {*keep})
     scope.nodes = list(nodes)
     scope.prefix = "accumulate."
     results = scope.end_repeat(carries)

@@ -57,7 +57,8 @@ def _momentum(b: Builder, t: Training, p: Tensor, g: str) -> dict[str, str]:
         f"{p.name}.new": ex.sub(ex.x(0), ex.mul(ex.c(RATE), moment)),
         f"{p.name}.m.new": moment,
     }
-    new = _new(b, p.name, p.dims, [p.name, g, m], values, [p.dtype, t.states], ["parameter", "state"])
+    dtypes, roles = [p.dtype, t.states], ["parameter", "state"]
+    new = _new(b, p.name, p.dims, [p.name, g, m], values, dtypes, roles)
     return {new[0]: p.name, new[1]: m}
 
 

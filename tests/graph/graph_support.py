@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from planner.values import kernels, reference
 from planner.graph import expr as ex
 from planner.graph import layers, structural, windows
 from planner.graph.builder import Builder
@@ -19,6 +18,7 @@ from planner.graph.core import Dims, Graph, Op
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
 from planner.model import Model, Training
+from planner.values import kernels, reference
 
 Arrays = dict[str, np.ndarray]
 

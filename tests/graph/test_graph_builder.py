@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.values import reference
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph.builder import (
@@ -19,6 +18,7 @@ from planner.graph.builder import (
     parse_labels,
 )
 from planner.graph.core import Op
+from planner.values import reference
 
 
 def built() -> Builder:
@@ -89,7 +89,10 @@ def test_labels_are_made_distinct() -> None:
         (lambda b: b.einsum("B S D -> B B", "x"), "repeats a dimension"),
         (lambda b: b.einsum("B S D -> B", "y"), "unknown tensor 'y'"),
         (lambda b: b.pointwise("p", ex.neg(ex.x(0)), "square"), "two dimensions of the same name"),
-        (lambda b: b.pointwise("p", ex.add(ex.x(0), ex.x(1)), "x", "w"), "p: dimension 'S' is 3 elsewhere"),
+        (
+            lambda b: b.pointwise("p", ex.add(ex.x(0), ex.x(1)), "x", "w"),
+            "p: dimension 'S' is 3 elsewhere",
+        ),
         (lambda b: b.repeat("loop", 0), "a repeat runs at least once, not 0 times"),
         (lambda b: b.enter("x"), "a carry belongs to a repeat"),
         (lambda b: b.repeat("loop", 2).graph([]), "a repeat is still open"),

@@ -7,12 +7,12 @@ from graph_support import expressions, transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.values import reference
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph.builder import Builder, contraction_sizes
 from planner.graph.core import Graph, Op
 from planner.graph.fuse import MAX_OPERANDS, MAX_SIZE, fuse_graph
+from planner.values import reference
 
 SIZE = 3  # of every dimension, so that any tensor can be read under any labels
 

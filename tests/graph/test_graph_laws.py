@@ -22,12 +22,12 @@ from graph_support import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.values import reference
 from planner.graph import structural, windows
 from planner.graph.builder import Builder
 from planner.graph.core import Op
 from planner.graph.derive import training_step
 from planner.graph.vjp import VJPS
+from planner.values import reference
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from planner.values import reference
 from planner.graph import structural
 from planner.graph.builder import Builder, GraphError
 from planner.graph.core import Op
 from planner.graph.primitive import vector_operations
 from planner.graph.structural import reshape_rule
+from planner.values import reference
 
 X = np.random.default_rng(0).normal(size=(2, 5, 3))
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from graph_support import CASES, Arrays, gradients, model, step_of, transformer
 
-from planner.values import reference
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph import optimizers as opt
@@ -17,6 +16,7 @@ from planner.graph.builder import Builder, contraction_sizes
 from planner.graph.core import Graph, Loop
 from planner.graph.derive import training_step
 from planner.model import REMAT_POLICIES, Model
+from planner.values import reference
 
 
 def results(step: Graph, inputs: Arrays) -> Arrays:

@@ -12,11 +12,11 @@ from graph_support import CASES, step_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.values import kernels, reference
 from planner.graph import windows
 from planner.graph.builder import Builder, GraphError, contraction_sizes
 from planner.graph.core import Op
 from planner.graph.primitive import vector_operations
+from planner.values import kernels, reference
 
 RNG = np.random.default_rng(0)
 
