@@ -39,8 +39,9 @@ MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
 # the simulator may hide it: weights are fetched ahead and gradients drain late, activations wait.
 OVERLAP_WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
-LEAST_MEMORY_ROUNDS = 12
-LEAST_MEMORY_GAP = 0.01
+# Each round of the search for least memory is a whole solve, slower than one for least time.
+LEAST_MEMORY_ROUNDS = 3
+LEAST_MEMORY_GAP = 0.05  # how far above the least possible peak is near enough
 
 Progress = Callable[[str], None]
 Weights = tuple[float, float]
@@ -268,7 +269,12 @@ class _Planning:
         weights = dict.fromkeys(self.active, 1.0)
         found: list[_Candidate] = []
         for _ in range(LEAST_MEMORY_ROUNDS):
-            outcome = solve(self.space.memory_problem(weights), seed=self.options.seed)
+            outcome = solve(
+                self.space.memory_problem(weights), time_limit=self.time_left(),
+                work_limit=WORK_LIMIT, seed=self.options.seed,
+            )  # fmt: skip
+            if outcome.choice is None and found:  # out of time: the best so far is the answer
+                break
             found.append(self.candidate(outcome, "infeasible"))
             least = min(c.memory.peak_bytes for c in found)
             # A peak is never below a weighted mean, whose least value this was.
