@@ -39,6 +39,12 @@ def test_relative_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_the_index_lists_every_page() -> None:
+    docs = generated_docs.ROOT / "docs"
+    listed = re.findall(r"\]\(([\w.-]+\.md)\)", (docs / "README.md").read_text(encoding="utf-8"))
+    assert sorted(listed) == sorted({page.name for page in docs.glob("*.md")} - {"README.md"})
+
+
 def _words(line: str) -> list[str]:
     return NUMBER.sub("0", line).split()
 

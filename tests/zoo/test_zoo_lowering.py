@@ -32,6 +32,7 @@ CASES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 AXES = (("x", 2), ("y", 2), ("z", 2))
 DRAWS = 3
+SLOW_DRAWS = 20
 
 
 @cache
@@ -49,9 +50,19 @@ def test_every_kind_is_lowered() -> None:
 
 @pytest.mark.parametrize("kind", CASES)
 def test_random_plans_compute_what_the_graph_computes(kind: str) -> None:
+    check_plans(kind, range(DRAWS))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CASES)
+def test_many_random_plans_compute_what_the_graph_computes(kind: str) -> None:
+    check_plans(kind, range(DRAWS, SLOW_DRAWS))
+
+
+def check_plans(kind: str, seeds: range) -> None:
     flow, inputs, wanted = prepared(kind)
     drawer = PlanDrawer(flow, AXES)
-    for seed in range(DRAWS):
+    for seed in seeds:
         found = run_plan(flow, drawer.draw(seed), inputs)
         assert found.keys() == wanted.keys()
         for name, array in wanted.items():
