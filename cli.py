@@ -115,10 +115,20 @@ given = options(
 )  # fmt: skip
 
 
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if not wanted or context.resilient_parsing:
+        return
+    from planner.export.stamp import tool_version
+
+    click.echo(f"plan, version {tool_version()}")
+    context.exit()
+
+
 @click.group(
     cls=PlanGroup, default="plan", context_settings={"help_option_names": ["-h", "--help"]}
 )
-@click.version_option(None, "--version", package_name="shardplan", prog_name="plan")
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True,
+              callback=_show_version, help="Show the version and exit.")
 def cli() -> None:
     """Finds how to shard a model over a machine, and predicts memory, step time, utilization.
 

@@ -68,8 +68,22 @@ _KINDS = (
 
 
 def _gather_s_per_byte(group: Group) -> float:
-    """Every device takes in all but its own part of the payload."""
-    return (group.size - 1) / group.size / _incoming(group)
+    """Every device takes in all but its own part of the payload; a slow dimension holds up all."""
+    incoming = (group.size - 1) / group.size / _incoming(group)
+    return max([incoming, *_plane_cuts(group)])
+
+
+def _plane_cuts(group: Group) -> list[float]:
+    """Seconds per byte into one plane of the torus across each dimension, by all its links.
+
+    A plane lacks what the other n - 1 of n planes hold, and takes it in once. Where all links
+    are alike, what every device takes in is the tighter bound.
+    """
+    torus = group.of_kind(*_TORUS)
+    positions = prod(level.size for level in torus)
+    return [
+        (level.size - 1) / (positions * _links(level) * level.bytes_per_s) for level in torus
+    ]
 
 
 def _incoming(group: Group) -> float:

@@ -175,3 +175,10 @@ def test_colour_only_where_asked_for(capsys, monkeypatch):
     assert "\x1b[" in plan(capsys, TINY, "--color", "always").out
     monkeypatch.setenv("NO_COLOR", "1")
     assert "\x1b[" not in plan(capsys, TINY, "--color", "auto").out
+
+
+def test_the_version_is_known_without_an_installation(capsys):
+    ran = plan(capsys, "--version")
+    assert ran.code == 0
+    assert ran.out.startswith("plan, version ")
+    assert ran.err == ""

@@ -1,0 +1,65 @@
+"""Plans follow what they are asked: less memory changes them, and so does a slow network."""
+
+from __future__ import annotations
+
+import pytest
+
+import meshes
+from costmodels.collectives import collective_seconds
+from costmodels.summary import collectives
+from meshes.resolve import from_text
+from planner.model import Model
+from planner.modelfile import load_model
+from planner.planning import Options, plan_model
+from planner.result import Result
+
+TEXT = """
+name: follows
+training: {batch: 64, optimizer: adamw, remat: full}
+architecture:
+  {kind: decoder, layers: 2, d_model: 256, d_ff: 1024, heads: 8, head_dim: 32, vocab: 1024,
+   sequence: 128}
+"""
+SHAPE = {"x": 2, "y": 2}
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return load_model(TEXT, "follows.yaml")
+
+
+def test_less_memory_gives_another_plan_that_fits(model: Model) -> None:
+    mesh = meshes.logical(meshes.resolve("tpu-v4:1x2x2"), SHAPE)
+    free = plan_model(model, mesh)
+    limit = int(free.memory.peak_bytes * 0.9)
+    tight = plan_model(model, mesh, Options(memory_bytes=limit, headroom=0.0))
+    assert tight.fits
+    assert tight.memory.peak_bytes <= limit < free.memory.peak_bytes
+    assert tight.plan.choices != free.plan.choices or tight.plan.homes != free.plan.homes
+    assert tight.plan.proof.objective_s >= free.plan.proof.objective_s
+
+
+@pytest.mark.parametrize("slow", ["x", "y"])
+def test_communication_moves_off_a_slow_axis(model: Model, slow: str) -> None:
+    even = plan_model(model, _mesh(""))
+    uneven = plan_model(model, _mesh(f"dims: {{{slow}: {{bytes_per_s: 1e6}}}}\n"))
+    assert _carried_bytes(uneven, slow) < _carried_bytes(uneven, "y" if slow == "x" else "x")
+    assert _carried_bytes(uneven, slow) <= _carried_bytes(even, slow)
+
+
+def _mesh(change: str) -> meshes.LogicalMesh:
+    topology = from_text(f"base: tpu-v4:2x2x1\n{change}", "mesh.yaml")
+    return meshes.logical(topology, SHAPE, {"x": {"x": 2}, "y": {"y": 2}})
+
+
+def _carried_bytes(result: Result, axis: str) -> int:
+    rows = collectives(result.program, result.mesh)
+    return sum(row.total_bytes for row in rows if axis in row.axes)
+
+
+def test_what_crosses_a_slow_axis_takes_its_time() -> None:
+    """Half of what every device gathers comes from the other x, over two links of 1 MB/s."""
+    payload = 4e6
+    seconds = collective_seconds(_mesh("dims: {x: {bytes_per_s: 1e6}}\n"), "all-gather",
+                                 ("x", "y"), payload)  # fmt: skip
+    assert seconds == pytest.approx(payload / 2 / 2e6, rel=1e-3)
