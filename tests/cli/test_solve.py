@@ -28,7 +28,7 @@ def problem(tmp_path):
 
 @pytest.mark.parametrize("backend", ["auto", "highs", "cbc", "lns"])
 def test_every_backend_finds_the_known_answer(problem, capsys, backend):
-    ran = plan(capsys, "solve", problem, "--backend", backend, "--time-limit", "4s")
+    ran = plan(capsys, "solve", problem, "--backend", backend, "--time-limit", "10s")
     result = json.loads(ran.out)
     assert ran.code == 0
     assert set(result) == {"cost", "solution", "status", "bound", "seconds"}
