@@ -27,7 +27,7 @@ CASES = [
         "llama3-8b": [("dgx-h100:16x8", (16, 8)), ("tpu-v4:4x4x4", (16, 4)),
                       ("tpu-v5e:8x8", (8, 8)), ("dgx-a100-80gb:8x8", (8, 8))],
         "vit-22b": [("tpu-v4:8x8x16", (128, 8)), ("dgx-h100:16x8", (16, 8)),
-                    ("tpu-v3:32x32", (256, 8)), ("tpu-v5p:4x4x8", (16, 8))],
+                    ("tpu-v5p:8x8x8", (64, 8)), ("tpu-v5p:4x4x8", (16, 8))],
     }.items()
     for mesh, shape in meshes_of
 ]  # fmt: skip
