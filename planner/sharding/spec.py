@@ -23,10 +23,6 @@ class Spec:
         """Axes that split the tensor."""
         return tuple(a for d in self.dims for a in d)
 
-    @property
-    def replicated(self) -> bool:
-        return not self.partial and not any(self.dims)
-
     def local_shape(self, shape: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
         """Shape on one device; `shape` must be divisible (see `fits`)."""
         return tuple(
@@ -48,9 +44,6 @@ class Spec:
     def stacked(self) -> Spec:
         """The spec of a stack of such tensors: a new, whole leading dimension."""
         return Spec(((), *self.dims), self.partial)
-
-    def sliced(self) -> Spec:
-        return Spec(self.dims[1:], self.partial)
 
     def __str__(self) -> str:
         inner = ", ".join("+".join(d) if d else "·" for d in self.dims)
