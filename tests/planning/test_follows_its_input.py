@@ -76,7 +76,8 @@ architecture: {kind: unet, image: [64, 64, 64], channels: 1, classes: 2, width: 
     found = plan_model(volumes, mesh)
     halos = [i for i, _ in found.program.instructions() if getattr(i, "shift", 0)]
     assert halos
-    assert found.timing.compute_s < 0.2 * _on_two_devices(volumes).timing.compute_s
+    # Four times the devices: a quarter of the time, were it not for copies around the edges.
+    assert found.timing.compute_s < 0.35 * _on_two_devices(volumes).timing.compute_s
 
 
 def _on_two_devices(volumes: Model) -> Result:
