@@ -90,10 +90,11 @@ def price_annotations(
 ) -> Result:
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
-    Tensors that the annotation leaves open get what the surrogate finds cheapest.
-    Raises PinError.
+    Tensors that the annotation leaves open get what the surrogate finds cheapest, within the
+    memory if that is possible. Raises PinError.
     """
-    return _Planning(model, mesh, options or Options(), annotation, None).unlimited()
+    options = replace(options or Options(), least_memory=False)
+    return _Planning(model, mesh, options, annotation, None).completed()
 
 
 def reprice(
@@ -206,9 +207,14 @@ class _Planning:
             self.lowered(replace(plan, proof=Proof("heuristic", objective, bound, gap, seconds)))
         )
 
-    def unlimited(self) -> Result:
-        outcome = self.solved(None, OVERLAP_WEIGHTS[0])
-        return self.result(self.candidate(outcome, "given"))
+    def completed(self) -> Result:
+        """What is left open fits if it can: least cost alone would replicate what costs nothing."""
+        try:
+            found = self.fitting(OVERLAP_WEIGHTS[0])
+        except Unsolved:
+            found = self.candidate(self.solved(None, OVERLAP_WEIGHTS[0]))
+        proof = replace(found.plan.proof, status="given")
+        return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
     def read(self, plan: Plan) -> Result:
         expected = {site.op.origin or name for name, site in self.flow.sites.items()}
