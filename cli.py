@@ -75,6 +75,18 @@ class PlanGroup(DefaultGroup):
         self.format_commands(ctx, formatter)
 
 
+class DefaultContext(click.Context):
+    """Of the default command: what is said about usage leaves its name out, as people do."""
+
+    @property
+    def command_path(self) -> str:
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class DefaultCommand(click.Command):
+    context_class = DefaultContext
+
+
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     def add(function: Command) -> Command:
         for decorator in reversed(decorators):
@@ -136,7 +148,7 @@ def cli() -> None:
     """
 
 
-@cli.command("plan", hidden=True)
+@cli.command("plan", cls=DefaultCommand, hidden=True)
 @click.argument("model")
 @placing
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",

@@ -165,13 +165,14 @@ def predicted_moves(program: Program) -> Iterable[Moved]:
 def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:
     """All permutes of a decomposed matmul are of one kind: a reduce-scatter if any sends sums."""
     found = list(collectives)
-    windows: dict[str, str] = {}
+    sums = {
+        c.op_name for c in found
+        if c.kind == "collective-permute" and c.stands_for == "reduce-scatter"
+    }  # fmt: skip
     for c in found:
-        if c.window and windows.get(c.op_name) != "reduce-scatter":
-            windows[c.op_name] = c.window
-    for c in found:
-        window = windows.get(c.op_name, "") if c.kind == "collective-permute" else ""
-        yield Moved(c.kind, c.axes, c.bytes * c.count, window)
+        window = c.kind == "collective-permute" and c.stands_for and c.op_name in sums
+        stands_for = "reduce-scatter" if window else c.stands_for
+        yield Moved(c.kind, c.axes, c.bytes * c.count, stands_for)
 
 
 def collective_rows(predicted: Totals, compiled: Totals, t: Thresholds | None) -> tuple[Row, ...]:
