@@ -165,13 +165,14 @@ def predicted_moves(program: Program) -> Iterable[Moved]:
 def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:
     """All permutes of a decomposed matmul are of one kind: a reduce-scatter if any sends sums."""
     found = list(collectives)
-    sums = {
-        c.op_name for c in found
-        if c.kind == "collective-permute" and c.stands_for == "reduce-scatter"
-    }  # fmt: skip
+    windows: dict[str, str] = {}
     for c in found:
-        window = c.kind == "collective-permute" and c.stands_for and c.op_name in sums
-        stands_for = "reduce-scatter" if window else c.stands_for
+        if c.kind == "collective-permute" and c.stands_for:
+            sums = windows.get(c.op_name) == "reduce-scatter"
+            windows[c.op_name] = "reduce-scatter" if sums else c.stands_for
+    for c in found:
+        permute = c.kind == "collective-permute"
+        stands_for = windows.get(c.op_name, "") if permute else c.stands_for
         yield Moved(c.kind, c.axes, c.bytes * c.count, stands_for)
 
 
