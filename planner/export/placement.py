@@ -47,7 +47,9 @@ def placement(result: Result) -> Placement:
         choice = result.plan.choices.get(op.name)
         if op.phase != "forward" or choice is None:
             continue
-        for name, spec in _operands(op, result).items():
+        # Of a table that is looked into the compiler has better ways than gathering it.
+        operands = {} if op.attrs.get("onehot") else _operands(op, result)
+        for name, spec in operands.items():
             home = result.specs.get(name)
             if home is not None and not spec.partial and spec != home:
                 uses[op.name, name] = Copy(spec, _bound(home, spec))
