@@ -26,15 +26,14 @@ _RESERVED = {
 
 @dataclass
 class LossWriter:
-    """Writes one function. `annotated` names the tensors that get a sharding constraint; those
-    in `free` without their gradients. Shardings come as source text."""
+    """Writes one function. `annotated` names the tensors that get a sharding constraint.
+    Shardings come as source text."""
 
     graph: Graph
     remat: str
     annotated: Collection[str]
-    uses: Mapping[tuple[str, str], str]  # (op, tensor it reads) → call that makes the copy it reads
+    uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
     sums: Mapping[str, str]  # product → its sharding where it is made
-    free: Collection[str]
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -82,9 +81,7 @@ class LossWriter:
         """A result where it is made, then where it lies."""
         if name in self.sums:
             code = f"shard({code}, {self.sums[name]})"
-        if name not in self.annotated:
-            return code
-        return f'{"copy" if name in self.free else "shard"}({code}, "{name}")'
+        return f'shard({code}, "{name}")' if name in self.annotated else code
 
     def _read(self, op: Op, j: int) -> str:
         code = self._operand(op.ins[j])

@@ -39,8 +39,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     }
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
-    free = place.free - tables.weights
-    writer = LossWriter(graph, training.remat, annotated, uses, sums, free)
+    writer = LossWriter(graph, training.remat, annotated, uses, sums)
     body = writer.lines()
     parts = [
         _header(model, mesh),
@@ -102,7 +101,6 @@ class _Tables:
         self.graph, self.training, self.specs = graph, training, place.tensors
         self.parameters = {p.name: p for p in graph.parameters()}
         self.states = states_of(graph, training)
-        self.weights = _weights(graph)
         self.activations = self._annotated()
 
     def _annotated(self) -> dict[str, Spec]:
@@ -161,15 +159,6 @@ class _Tables:
             by_dim = dict(zip(p.dims, self._spec(p).dims, strict=True))
             spec = Spec(tuple(by_dim[d] for d in t.dims))
         return _row(t, spec)
-
-
-def _weights(graph: Graph) -> frozenset[str]:
-    """Parameters, their slices, and what is made of them alone: gradients lie like these."""
-    found = {name for name, t in graph.all_tensors().items() if t.role == "parameter"}
-    for op, _ in graph.walk():
-        if op.ins and found.issuperset(op.ins):
-            found.update(op.outs)
-    return frozenset(found)
 
 
 def _row(t: Tensor, spec: Spec) -> str:

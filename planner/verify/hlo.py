@@ -25,6 +25,8 @@ _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{\s
 _RESULT = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*(?P<opcode>[a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*[a-z0-9]*)\[(?P<sizes>[\d,<=]*)\]")
+# Commas stand outside brackets in this one.
+_GROUPS_OF_A_MESH = re.compile(r"replica_groups=(mesh\[[^\]]*\](?:, device_ids=\S+)? \{[^{}]*\})")
 _MARK = re.compile(r'[",()\[\]{}]')
 _REFERENCE = re.compile(r"%?([\w.\-]+)$")
 
@@ -61,6 +63,12 @@ class Instruction:
         """Text of attribute `key` up to the next attribute of the instruction."""
         found = re.search(rf"(?:^|, ){key}=", self.rest)
         return _balanced(self.rest[found.end() :]) if found else None
+
+    @property
+    def replica_groups(self) -> np.ndarray:
+        """Groups as rows of partition numbers; none if all partitions are one group."""
+        mesh = _GROUPS_OF_A_MESH.search(self.rest)
+        return replica_groups(mesh[1] if mesh else self.attribute("replica_groups") or "{}")
 
     def called(self, key: str) -> str | None:
         value = self.attribute(key)
@@ -335,6 +343,25 @@ def _numbers(text: str) -> tuple[int, ...]:
     return tuple(int(n) for n in text.split(","))
 
 
+_DEVICE_IDS = re.compile(
+    r"device_ids=\(?(?P<iota>\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?"
+    r"|\[(?P<shape>[\d,]+)\]T\((?P<turned>[\d,]+)\)|\[(?P<listed>[\d,]+)\])"
+)
+
+
+def _device_ids(text: str, ids: np.ndarray) -> np.ndarray:
+    """The devices in the order of a mesh's axes: `ids` unless the text says otherwise."""
+    order = _DEVICE_IDS.search(text)
+    if order is None:
+        return ids
+    if order["listed"]:
+        return np.array(_numbers(order["listed"]))
+    if order["shape"]:
+        grid = ids.reshape(_numbers(order["shape"]))
+        return grid.transpose(_numbers(order["turned"])).reshape(-1)
+    return replica_groups(order["iota"]).reshape(-1)
+
+
 def _mesh_groups(text: str) -> np.ndarray:
     head = re.match(r"mesh\[(.*?)\]", text)
     chosen = re.search(r"\{([^{}]*)\}$", text)
@@ -342,11 +369,7 @@ def _mesh_groups(text: str) -> np.ndarray:
         raise HloError(f"cannot read the replica groups {text[:60]}")
     sizes = {name: int(n) for name, n in re.findall(r"'([^']+)'=(\d+)", head[1])}
     ids = np.arange(prod(sizes.values()))
-    order = re.search(r"device_ids=\(?(\[[\d,]+\](?:<=\[[\d,]+\](?:T\([\d,]+\))?)?)", text)
-    if order and "<=" in order[1]:
-        ids = replica_groups(order[1]).reshape(-1)
-    elif order:
-        ids = np.array(_numbers(order[1].strip("[]")))
+    ids = _device_ids(text, ids)
     parts: list[int] = []  # every axis is cut into parts, some of which are chosen
     wanted: list[int] = []
     picks = re.findall(r"'([^']+)'(?::\((\d+)\)(\d+))?", chosen[1])

@@ -20,7 +20,6 @@ from planner.verify.hlo import (
     HloError,
     Instruction,
     Module,
-    replica_groups,
     trip_count,
 )
 from planner.verify.hlo_uses import roles
@@ -148,7 +147,7 @@ class _Reader:
         if kind == "collective-permute":
             axes, size = self._permuted(i), 1
         else:
-            groups = replica_groups(i.attribute("replica_groups") or "{}")
+            groups = i.replica_groups
             if groups.size == 0:
                 groups = np.arange(prod(n for _, n in self.axes))[None, :]
             axes, size = self._axes_of(groups), groups.shape[1]

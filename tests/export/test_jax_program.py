@@ -177,7 +177,6 @@ def test_sharded_over_eight_devices_is_the_same(tmp_path: Path) -> None:
             ("layers.q", "layers.x.in"): Copy(Spec((("x",), ("y",), ())), bound=True),
         },
         {"layers.h": Spec((("x",), (), ("y",)))},
-        frozenset({"layers.q"}),
     )
     program = tmp_path / "program.py"
     source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)

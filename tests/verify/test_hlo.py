@@ -113,12 +113,20 @@ def test_estimated_cycles_of_loop_bodies_count_with_their_trips(name: str) -> No
         ("mesh['a'=2,'b'=2] {'b'}", [[0, 1], [2, 3]]),
         ("mesh['a'=2,'b'=2] {'a'}", [[0, 2], [1, 3]]),
         ("mesh['a'=2,'b'=2] {'a','b'}", [[0, 1, 2, 3]]),
+        ("mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}", [[0, 2], [1, 3]]),
         ("mesh['a'=4] {'a':(1)2}", [[0, 2], [1, 3]]),
         ("mesh['a'=4] {'a':(2)2}", [[0, 1], [2, 3]]),
     ],
 )
 def test_replica_groups(text: str, groups: list[list[int]]) -> None:
     np.testing.assert_array_equal(replica_groups(text), groups)
+
+
+def test_the_comma_of_a_mesh_does_not_end_its_groups() -> None:
+    """As the CPU compiler of jax 0.10.2 prints a reduction over the last axis of two."""
+    groups = "mesh['a'=1,'b'=2,'c'=2], device_ids=([2,2]T(1,0)) {'b'}"
+    r = read(parse(loop(LESS).replace("groups={}", f"groups={groups}")), (("a", 2), ("b", 2)))
+    assert [c.axes for c in r.collectives] == [("b",)]
 
 
 @pytest.mark.parametrize("text", ["mesh['a'=2", "(0,1)", "[2,2]"])
@@ -250,3 +258,64 @@ def test_groups_along_a_part_of_an_axis() -> None:
     text = loop(LESS).replace("replica_groups={}", "replica_groups={{0,1},{2,3}}")
     assert read(parse(text), (("a", 4),)).collectives[0].axes == ("a/2",)
     assert read(parse(text), (("a", 2), ("b", 2))).collectives[0].axes == ("b",)
+
+
+REDUCED = """
+HloModule reduced
+
+%sum (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %c = f32[] add(%a, %b)
+}
+
+%sliced (p: f32[8], at: s32[]) -> f32[4] {
+  %p = f32[8]{0} parameter(0)
+  %at = s32[] parameter(1)
+  ROOT %slice = f32[4]{0} dynamic-slice(%p, %at), dynamic_slice_sizes={4}
+}
+
+%written (zeros: f32[8], own: f32[4], at: s32[]) -> f32[8] {
+  %zeros = f32[8]{0} parameter(0)
+  %own = f32[4]{0} parameter(1)
+  %at = s32[] parameter(2)
+  ROOT %all = f32[8]{0} dynamic-update-slice(%zeros, %own, %at)
+}
+
+ENTRY %main (x: f32[8], y: f32[4], at: s32[]) -> (f32[4], f32[8]) {
+  %x = f32[8]{0} parameter(0)
+  %y = f32[4]{0} parameter(1)
+  %at = s32[] parameter(2)
+  %zero = f32[] constant(VALUE)
+  %zeros = f32[8]{0} broadcast(%zero), dimensions={}
+  %among = f32[8]{0} fusion(%zeros, %y, %at), kind=kLoop, calls=%written
+  %r = (f32[8]{0}, f32[8]{0}) all-reduce(%x, %among), replica_groups={{0,1}}, to_apply=%sum
+  %first = f32[8]{0} get-tuple-element(%r), index=0
+  %second = f32[8]{0} get-tuple-element(%r), index=1
+  %own = f32[4]{0} fusion(%first, %at), kind=kLoop, calls=%sliced
+  %READER
+  ROOT %t = (f32[4]{0}, f32[8]{0}) tuple(%own, %second)
+}
+"""
+
+
+@pytest.mark.parametrize(
+    ("value", "reader", "expected"),
+    [
+        ("0", "", {"reduce-scatter": 32, "all-gather": 32}),
+        # Somebody reads the whole sum, or the rest is not zero: then it is what it says.
+        ("0", "whole = f32[8]{0} negate(%first)", {"": 32, "all-gather": 32}),
+        ("1", "", {"reduce-scatter": 32, "": 32}),
+    ],
+)
+def test_all_reduces_that_gather_or_scatter(
+    value: str, reader: str, expected: dict[str, int]
+) -> None:
+    """Of two that the compiler has combined, one is only sliced, one is of slices among zeros."""
+    text = REDUCED.replace("VALUE", value).replace("%READER", f"%{reader}" if reader else "")
+    r = read(parse(text), (("a", 2),))
+    assert {c.stands_for: c.bytes for c in r.collectives} == expected
+    moved = normalised(compiled_moves(r.collectives), {"a": 2})
+    plain = expected.get("", 0)
+    assert moved.get(("all-gather", ("a",)), 0) == expected.get("all-gather", 0) + plain
+    assert moved.get(("reduce-scatter", ("a",)), 0) == expected.get("reduce-scatter", 0) + plain
