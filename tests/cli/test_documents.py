@@ -110,17 +110,15 @@ def test_no_shape_means_the_best_candidate_and_says_so(capsys):
 
 
 def test_shape_auto_ranks_all_shapes(capsys):
-    document = json.loads(plan(capsys, TINY, "--shape", "auto", "--format", "json").out)
+    place = ("--mesh", "tpu-v3:2x1", "--shape", "auto")
+    document = json.loads(plan(capsys, TINY, *place, "--format", "json").out)
     ranking = document["mesh_shapes"]
-    assert {len(entry["axes"]) for entry in ranking} == {1, 2, 3}
+    assert {len(entry["axes"]) for entry in ranking} == {1, 2}
     assert ranking[0]["axes"] == document["mesh"]["axes"]
     assert ranking[0]["step_time_s"] == document["step_time_s"]
     assert ranking[0]["front"]
-    fixed = json.loads(plan(capsys, TINY, "--format", "json").out)
-    assert fixed["mesh_shapes"] == []
-    assert document["step_time_s"] <= fixed["step_time_s"] * 1.001
-    report = plan(capsys, TINY, "--shape", "auto").out
-    assert "mesh shapes" in report
+    report = plan(capsys, TINY, *place).out
+    assert "front: no other is both faster and smaller" in report
 
 
 def test_overrides_change_the_model(capsys):
