@@ -6,7 +6,7 @@ memory constraints added where the lowered program exceeds the limit, simulate w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
@@ -19,11 +19,12 @@ from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.flops import count_flops
-from planner.ilp import Outcome, solve
+from planner.ilp import Outcome, quick_bound, solve
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model
 from planner.pins import Annotation, pinned_specs
 from planner.plan import Plan, Proof
+from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
 from planner.sharding.flow import Flow, build_flow
@@ -44,7 +45,6 @@ OVERLAP_WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
 LEAST_MEMORY_ROUNDS = 3
 LEAST_MEMORY_GAP = 0.05  # how far above the least possible peak is near enough
 
-Progress = Callable[[str], None]
 Weights = tuple[float, float]
 
 
@@ -74,6 +74,10 @@ class Unsolved(Exception):
     """The limits on time or work ended the search before any plan was found."""
 
 
+class NothingFits(Unsolved):
+    """Proven, and the plan of least memory was not asked for."""
+
+
 def plan_model(
     model: Model, mesh: LogicalMesh, options: Options | None = None,
     progress: Progress | None = None,
@@ -83,6 +87,13 @@ def plan_model(
     Raises Infeasible (with the least-memory plan), Unsolved, or PinError.
     """
     return _Planning(model, mesh, options or Options(), model.constraints, progress).best()
+
+
+def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
+    """Seconds that no plan's serial time falls below, memory left aside: where the chip does
+    not overlap communication, a bound of the step time. Quick: nothing is solved to the end."""
+    planning = _Planning(model, mesh, Options(), model.constraints, None)
+    return quick_bound(planning.space.problem(None, []))
 
 
 def price_annotations(
@@ -235,7 +246,7 @@ class _Planning:
                 if outcome.status != "infeasible":
                     raise Unsolved(f"no plan found within the limits ({outcome.status})")
                 if not self.options.least_memory:
-                    raise Unsolved("nothing fits")
+                    raise NothingFits("nothing fits")
                 raise self.infeasible()
             candidate = self.candidate(outcome)
             if candidate.memory.peak_bytes <= self.target:
@@ -259,9 +270,7 @@ class _Planning:
 
     def solved(self, limit: float | None, weights: Weights) -> Outcome:
         ahead, waiting = weights
-        counts = [
-            ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions
-        ]
+        counts = [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
         problem = self.space.problem(limit, self.active, counts)
         self.say(f"solving for {problem.size} decisions")
         return solve(
