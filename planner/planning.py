@@ -90,10 +90,11 @@ def price_annotations(
 ) -> Result:
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
-    Tensors that the annotation leaves open get what the surrogate finds cheapest.
-    Raises PinError.
+    Tensors that the annotation leaves open get what the surrogate finds cheapest, within the
+    memory if that is possible. Raises PinError.
     """
-    return _Planning(model, mesh, options or Options(), annotation, None).unlimited()
+    options = replace(options or Options(), least_memory=False)
+    return _Planning(model, mesh, options, annotation, None).completed()
 
 
 def reprice(
@@ -166,23 +167,23 @@ class _Planning:
     def best(self) -> Result:
         if sum(size > 1 for _, size in self.mesh.axes) > EXACT_AXES:
             return self.tied()
+        return self.result(self.fastest(self.fitting))
+
+    def fastest(self, find: Callable[[Weights], _Candidate]) -> _Candidate:
+        """Of what `find` finds under several weights, what the simulator says is fastest."""
         overlapping = bool(self.mesh.chip.overlap)
         found: list[_Candidate] = []
-        proofs: list[Proof] = []
         for weights in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
             try:
-                candidate = self.fitting(weights)
+                found.append(find(weights))
             except Unsolved:
                 if not found:
                     raise
                 break  # out of time: the best so far is the answer
-            found.append(candidate)
-            proofs.append(candidate.plan.proof)
         fastest = min(found, key=lambda c: c.timing.step_time_s)
         # The proof concerns the unweighted surrogate.
-        proof = replace(proofs[0], seconds=self.solving_s)
-        plan = replace(fastest.plan, proof=proof)
-        return self.result(replace(fastest, plan=plan))
+        proof = replace(found[0].plan.proof, seconds=self.solving_s)
+        return replace(fastest, plan=replace(fastest.plan, proof=proof))
 
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
@@ -208,9 +209,14 @@ class _Planning:
             self.lowered(replace(plan, proof=Proof("heuristic", objective, bound, gap, seconds)))
         )
 
-    def unlimited(self) -> Result:
-        outcome = self.solved(None, OVERLAP_WEIGHTS[0], ENOUGH_GAP)
-        return self.result(self.candidate(outcome, "given"))
+    def completed(self) -> Result:
+        """What is left open fits if it can: least cost alone would replicate what costs nothing."""
+        try:
+            found = self.fastest(self.fitting)
+        except Unsolved:
+            found = self.fastest(self.unlimited)
+        proof = replace(found.plan.proof, status="given")
+        return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
     def read(self, plan: Plan) -> Result:
         expected = {site.op.origin or name for name, site in self.flow.sites.items()}
@@ -230,6 +236,10 @@ class _Planning:
         if not self.options.least_memory:
             raise Unsolved("nothing fits")
         raise self.infeasible()
+
+    def unlimited(self, weights: Weights) -> _Candidate:
+        """Least surrogate cost, whatever memory it takes."""
+        return self.candidate(self.solved(None, weights, ENOUGH_GAP))
 
     def within(self, target: float, weights: Weights, gap: float) -> _Candidate | None:
         """Least surrogate cost among the plans whose peak is at most `target`; constraints are
