@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
 WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
+ENOUGH_GAP = 0.001  # differences of simulated times below this are noise
 LEAST_TIME_S = 1.0  # given to a solve that starts late
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
@@ -94,10 +95,11 @@ def price_annotations(
 ) -> Result:
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
-    Tensors that the annotation leaves open get what the surrogate finds cheapest.
-    Raises PinError.
+    Tensors that the annotation leaves open get what the surrogate finds cheapest, within the
+    memory if that is possible. Raises PinError.
     """
-    return _planning(model, mesh, options, annotation, given=True).unlimited()
+    options = replace(options or Options(), least_memory=False)
+    return _planning(model, mesh, options, annotation, given=True).completed()
 
 
 def reprice(
@@ -238,9 +240,14 @@ class Planning:
             self.lowered(replace(plan, proof=Proof("heuristic", objective, bound, gap, seconds)))
         )
 
-    def unlimited(self) -> Result:
-        outcome = self.solved(None, OVERLAP_WEIGHTS[0])
-        return self.result(self.candidate(outcome, "given"))
+    def completed(self) -> Result:
+        """What is left open fits if it can: least cost alone would replicate what costs nothing."""
+        try:
+            found = self.fitting(OVERLAP_WEIGHTS[0])
+        except Unsolved:
+            found = self.candidate(self.solved(None, OVERLAP_WEIGHTS[0]))
+        proof = replace(found.plan.proof, status="given")
+        return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
     def read(self, plan: Plan) -> Result:
         self.check(plan)
@@ -296,7 +303,7 @@ class Planning:
         self.say(f"solving for {problem.size} decisions")
         return solve(
             problem, backend=self.options.backend, time_limit=self.time_left(),
-            work_limit=WORK_LIMIT, seed=self.options.seed,
+            work_limit=WORK_LIMIT, seed=self.options.seed, gap=ENOUGH_GAP,
         )  # fmt: skip
 
     def time_left(self) -> float | None:

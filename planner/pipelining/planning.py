@@ -102,9 +102,9 @@ class PipelinePlanning:
             raise Infeasible(result, explain(result))
         return result
 
-    def unlimited(self) -> Result:
+    def completed(self) -> Result:
         """The annotation completed at least cost; nothing is required to fit."""
-        return self.planned(lambda stage: stage.unlimited().plan)
+        return self.planned(lambda stage: stage.completed().plan)
 
     def read(self, plan: Plan) -> Result:
         """A stored plan, lowered and read again."""

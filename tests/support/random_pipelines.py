@@ -80,7 +80,10 @@ class PipelineDrawer:
     def run(self, seed: int) -> dict[str, np.ndarray]:
         """Every output of the step, put together from all stages and devices."""
         program, drawn = self.draw(seed)
-        results = run_pipeline(program, [self._given(*d) for d in drawn])
+        results = run_pipeline(
+            program,
+            [self._given(*d, s.program) for d, s in zip(drawn, program.stages, strict=True)],
+        )
         found: dict[str, list[np.ndarray]] = {}
         for (_, stage, plan), outputs in zip(drawn, results, strict=True):
             for name, parts in outputs.items():
@@ -89,8 +92,9 @@ class PipelineDrawer:
                 )
         return {name: _joined(name, parts, self.wanted[name]) for name, parts in found.items()}
 
-    def _given(self, piece: Piece, stage: StagePlanning, plan: Plan) -> dict[str, Shards]:
-        program: Program = stage.stage(plan).program
+    def _given(
+        self, piece: Piece, stage: StagePlanning, plan: Plan, program: Program
+    ) -> dict[str, Shards]:
         given = {}
         for name in program.inputs:
             whole = np.asarray(self.inputs[name], dtype=float)
