@@ -57,7 +57,6 @@ class Kernel:
     matmul: tuple[int, int, int, int] | None = None
     payload: Any = None
     offsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    overwrites: tuple[int, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -138,7 +137,8 @@ class StackBuffers:
 
 @dataclass(frozen=True)
 class LoopStep:
-    """`times` executions of `body`; `enter` holds the conversions done once before it."""
+    """`times` executions of `body`; `enter` holds the conversions done once before it.
+    `narrowed`: buffers that live through the loop because of it (see `narrowing`)."""
 
     name: str
     times: int
@@ -148,6 +148,7 @@ class LoopStep:
     reads: tuple[StackBuffers, ...]
     writes: tuple[StackBuffers, ...]
     reverse: bool = False
+    narrowed: tuple[int, ...] = ()
 
 
 Block = tuple[Step | LoopStep, ...]

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from costmodels.memory import Memory, read_memory
+from costmodels.narrowing import narrow_stacks
 from costmodels.program import Program
 from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
@@ -376,6 +377,8 @@ class Planning:
 
     def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
+        if self.mesh.chip.family == "tpu":
+            program = narrow_stacks(program)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
     def result(self, c: Candidate) -> Result:

@@ -27,20 +27,7 @@ def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes
     dtype = _narrowest(op, tensors) if product is None else tensors[op.ins[0]].dtype
     return Kernel(
         op.name, op.kind, dtype, _moved_bytes(local, tensors), _vector_flops(local),
-        product, local, offsets, () if product else _overwritable(op, tensors),
-    )  # fmt: skip
-
-
-def _overwritable(op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
-    """Operands that an element-wise pass reads point by point where it writes its first result:
-    that may take over their memory."""
-    rule = op.rule
-    if op.kind != "map" or op.attrs.get("onehot") or any(f.kind == "reduce" for f in rule.factors):
-        return ()
-    dtype = tensors[op.outs[0]].dtype
-    return tuple(
-        i for i, (name, dims) in enumerate(zip(op.ins, rule.ins, strict=True))
-        if dims == rule.outs[0] and tensors[name].dtype == dtype
+        product, local, offsets,
     )  # fmt: skip
 
 

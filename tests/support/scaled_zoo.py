@@ -36,6 +36,7 @@ TINY: dict[str, Settings] = {
     "llama3-8b": {**_TEXT, **_STACK, "kv_heads": 2, "training.accumulation_steps": 1},
     "mixtral-8x7b": {**_TEXT, **_STACK, "kv_heads": 4, "group_size": 16},
     "resnet-50": {"blocks": "[1, 1]", "width": 8, "image": 32, "classes": 16},
+    "wide-resnet-50-2": {"blocks": "[1, 1]", "width": 8, "image": 32, "classes": 16},
     "t5-11b": {**_TEXT, **_TWO_STACKS, "target_sequence": 8},
     "unet-2d": {"image": "[16, 16]", "width": 8, "levels": 2},
     "unet-3d": {"image": "[8, 8, 8]", "width": 8, "levels": 2},
