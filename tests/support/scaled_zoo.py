@@ -26,6 +26,11 @@ _GSHARD_SMALL = {"dims.S": 512, "dims.tokens": 32768, "dims.N": 512}
 #: Zoo model → keys of its `architecture:` block (or whole paths), for batches of 16 or so.
 TINY: dict[str, Settings] = {
     "bert-480b": {**_TEXT, **_STACK},
+    "deepseek-v3": {
+        **_TEXT, "layers": 3, "dense_first": 1, "kv_rank": 16, "q_rank": 16, "rope_dim": 8,
+        "experts": 8, "top_k": 2, "expert_d_ff": 32, "group_size": 16,
+        "training.accumulation_steps": 1,
+    },
     "glam-1.2t": {**_TEXT, **_STACK, "experts": 8},
     "gpt3-175b": {**_TEXT, **_STACK},
     "gshard-m4": {
