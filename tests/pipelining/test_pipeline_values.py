@@ -48,9 +48,7 @@ CASES: dict[str, Callable[[], PipelineDrawer]] = {
         2, {"x": 2},
     ),
 }  # fmt: skip
-SEEDS = [
-    pytest.param(n, marks=[] if n < QUICK else [pytest.mark.slow]) for n in range(DRAWS)
-]
+SEEDS = [pytest.param(n, marks=[] if n < QUICK else [pytest.mark.slow]) for n in range(DRAWS)]
 
 
 @cache
