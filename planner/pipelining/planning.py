@@ -60,8 +60,8 @@ class PipelinePlanning:
             )
         if not self.pipeline.inside:
             raise PipelineError(
-                f"schedule {self.pipeline.schedule} is not supported yet",
-                "1f1b and interleaved are",
+                "a pipeline with embedding and softmax outside of its stages is not supported yet",
+                "leave pipeline.inside out",
             )
         self.graph = training_step(self.model, keep=tuple(self.annotation))
         pinned_specs(self.graph, self.annotation, dict(self.inner.axes))  # raises if it cannot hold

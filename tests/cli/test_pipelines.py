@@ -16,7 +16,7 @@ architecture: {kind: decoder, layers: 8, d_model: 512, heads: 8, vocab: 1024, se
 """
 
 
-@pytest.fixture(params=["1f1b", "interleaved"])
+@pytest.fixture(params=["1f1b", "interleaved", "gpipe"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "model.yaml"
     path.write_text(MODEL.replace("SCHEDULE", request.param), encoding="utf-8")
@@ -66,7 +66,9 @@ def test_annotations_come_back(
     [
         (["--shape", "data=4"], "no axis 'pipe'"),
         (["--set", "pipeline.schedule=interleaved", "--set", "architecture.layers=1"],
-         "4 stages need at least as many layers"),
+         "cannot be cut into 4 stages"),
+        (["--set", "pipeline.schedule=gpipe", "--set", "pipeline.inside=false"],
+         "outside of its stages is not supported yet"),
         (["--set", "pipeline.schedule=interleaved", "--set", "training.pipeline_microbatches=1"],
          "groups of 2 microbatches"),
     ],

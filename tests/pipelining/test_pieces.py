@@ -66,5 +66,5 @@ def test_what_crosses() -> None:
 
 def test_too_many_stages() -> None:
     graph = fuse_graph(decoder(layers_=2).graph)
-    with pytest.raises(PipelineError, match="9 stages need"):
+    with pytest.raises(PipelineError, match="into 9 stages"):
         stage_starts(graph, 9, MESH)
