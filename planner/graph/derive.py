@@ -436,6 +436,8 @@ class LoopBackward:
         """A tensor read whole by every iteration: its gradients are summed in a carry."""
         b = self.outer.b
         tensor = scope.lookup(gradient)
+        if self.loop.name == TICKS:  # as over parts of the batch
+            tensor = replace(tensor, dtype="f32", role="gradient")
         init = _zeros(b, gradient, tensor)
         entry = scope.declare(replace(tensor, name=scope.unique(f"{gradient}.acc")))
         labels = tensor.dims
@@ -467,7 +469,11 @@ def _own(scope: Builder, name: str, entry: str) -> str:
 def _zeros(b: Builder, like: str, tensor: Tensor | None = None) -> str:
     t = tensor or b.lookup(like)
     sizes = dict(zip(t.dims, t.shape, strict=True))
-    return b.map(f"{like}.zeros", [], t.dims, ex.c(0), dtype=t.dtype, sizes=sizes)
+    summed = t.role == "gradient"
+    return b.map(
+        f"{like}.zeros", [], t.dims, ex.c(0), dtype=t.dtype, sizes=sizes,
+        attrs={"written": True} if summed else None, roles=["gradient"] if summed else None,
+    )  # fmt: skip
 
 
 @dataclass

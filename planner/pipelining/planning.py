@@ -58,11 +58,6 @@ class PipelinePlanning:
                 f"it has {', '.join(axes)}",
                 f"name it in the shape: {self.pipeline.axis}=4,…",
             )
-        if not self.pipeline.inside:
-            raise PipelineError(
-                "a pipeline with embedding and softmax outside of its stages is not supported yet",
-                "leave pipeline.inside out",
-            )
         self.graph = training_step(self.model, keep=tuple(self.annotation))
         pinned_specs(self.graph, self.annotation, dict(self.inner.axes))  # raises if it cannot hold
 
