@@ -436,9 +436,10 @@ class LoopBackward:
         """A tensor read whole by every iteration: its gradients are summed in a carry."""
         b = self.outer.b
         tensor = scope.lookup(gradient)
-        if self.loop.name == TICKS:  # as over parts of the batch
+        summed = self.loop.name == TICKS  # as over parts of the batch
+        if summed:
             tensor = replace(tensor, dtype="f32", role="gradient")
-        init = _zeros(b, gradient, tensor)
+        init = _zeros(b, gradient, tensor, summed)
         entry = scope.declare(replace(tensor, name=scope.unique(f"{gradient}.acc")))
         labels = tensor.dims
         total = scope.map(
@@ -466,10 +467,10 @@ def _own(scope: Builder, name: str, entry: str) -> str:
     return scope.cast(name, scope.lookup(name).dtype, f"{name}.out")
 
 
-def _zeros(b: Builder, like: str, tensor: Tensor | None = None) -> str:
+def _zeros(b: Builder, like: str, tensor: Tensor | None = None, summed: bool = False) -> str:
+    """`summed`: what gradients are added to, which is memory to be written."""
     t = tensor or b.lookup(like)
     sizes = dict(zip(t.dims, t.shape, strict=True))
-    summed = t.role == "gradient"
     return b.map(
         f"{like}.zeros", [], t.dims, ex.c(0), dtype=t.dtype, sizes=sizes,
         attrs={"written": True} if summed else None, roles=["gradient"] if summed else None,
