@@ -50,16 +50,17 @@ class StageProgram:
             "leave": block[self.loop + 1 : self.loop + 2],
             "after": block[self.loop + 2 :],
         }
-        return {name: self._part(part) for name, part in blocks.items()}
-
-    def _part(self, block: Block) -> Program:
-        """`block` as a program of its own: what it reads and does not make is its input."""
-        read, made = _touched(block)
-        inputs = {f"{self.program.buffers[b].tensor}#{b}": b for b in read if b not in made}
-        return Program(self.program.axes, self.program.buffers, block, inputs, {})
+        return {name: part_of(self.program, part) for name, part in blocks.items()}
 
     def buffer(self, number: int) -> Buffer:
         return self.program.buffers[number]
+
+
+def part_of(program: Program, block: Block) -> Program:
+    """A block of a program as one of its own: what it reads and does not make is its input."""
+    read, made = _touched(block)
+    inputs = {f"{program.buffers[b].tensor}#{b}": b for b in read if b not in made}
+    return Program(program.axes, program.buffers, block, inputs, {})
 
 
 def _touched(block: Block) -> tuple[dict[int, None], set[int]]:

@@ -13,10 +13,10 @@ blocking transfers, bubbles are the time in which it has nothing to do.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
-from costmodels.pipeline import PipelineProgram
+from costmodels.pipeline import PipelineProgram, part_of
 from costmodels.pricing import prices
 from costmodels.program import Program
 from costmodels.schedule import BACKWARD, FORWARD, Task
@@ -65,6 +65,23 @@ def _durations(program: PipelineProgram, mesh: LogicalMesh) -> list[_Stage]:
         blocking = "collective-permute" not in mesh.chip.overlap
         found.append(_Stage(parts, transfer, exchange, blocking))
     return found
+
+
+def with_bubbles(
+    program: Program, mesh: LogicalMesh, timing: Timing, loops: Collection[str], share: float
+) -> Timing:
+    """`timing` of a pipeline in one program: `share` of the iterations of `loops` are bubbles."""
+    compute, exposed = timing.compute_s, timing.exposed_communication_s
+    for step in program.block:
+        if step.name in loops:
+            inside = simulate(part_of(program, (step,)), mesh)
+            compute -= share * inside.compute_s
+            exposed -= share * inside.exposed_communication_s
+    bubble = max(timing.step_time_s - compute - exposed, 0.0)
+    return replace(
+        timing, compute_s=compute, exposed_communication_s=exposed, bubble_s=bubble,
+        step_time_s=compute + exposed + bubble,
+    )  # fmt: skip
 
 
 def _timed(part: Program, mesh: LogicalMesh) -> Timing:

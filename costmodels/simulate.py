@@ -13,7 +13,7 @@ in whole femtoseconds, so states compare exactly. Nothing is in flight at the ed
     step_time_s = compute_s + exposed_communication_s + bubble_s
 
 compute_s is the time in which the compute stream works, exposed_communication_s the time in
-which it waits for the network. Programs have no pipeline stages yet, so bubble_s is zero.
+which it waits for the network. Only pipelines have bubbles (see `pipeline_time`).
 """
 
 from __future__ import annotations

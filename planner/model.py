@@ -14,7 +14,7 @@ OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "adafactor")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "circular")
 SEVERAL_CHUNKS = ("interleaved", "circular")  # schedules in which a device has several stages
-STACKED = ("gpipe", "circular")  # schedules of equal stages, which one SPMD program can hold
+STACKED = ("gpipe", "circular")  # schedules that one SPMD program of equal stages can follow
 
 
 @dataclass(frozen=True)

@@ -131,11 +131,16 @@ def _planning(
     progress: Progress | None = None, given: bool = False,
 ) -> Planning | PipelinePlanning:  # fmt: skip
     """How a model is planned: in stages if its pipeline has several."""
-    if model.pipeline is None or dict(mesh.axes).get(model.pipeline.axis) == 1:
-        return Planning(model, mesh, options or Options(), annotation, progress, given)
+    options, pipeline = options or Options(), model.pipeline
+    if pipeline is None or dict(mesh.axes).get(pipeline.axis) == 1:
+        return Planning(model, mesh, options, annotation, progress, given)
+    if not pipeline.inside:
+        from planner.pipelining.stacked_planning import StackedPlanning  # a kind of Planning
+
+        return StackedPlanning(model, mesh, options, annotation, progress, given)
     from planner.pipelining.planning import PipelinePlanning  # it plans stages with Planning
 
-    return PipelinePlanning(model, mesh, options or Options(), annotation, progress, given)
+    return PipelinePlanning(model, mesh, options, annotation, progress, given)
 
 
 @dataclass(frozen=True)

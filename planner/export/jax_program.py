@@ -33,8 +33,8 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         nearest = "circular" if model.pipeline.interleave > 1 else "gpipe"
         raise ExportError(
             f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "
-            "programs of their own, which no one JAX program can be; the nearest that can is "
-            f"--set pipeline.schedule={nearest}"
+            "programs of their own, which one JAX program cannot hold; the nearest that it could, "
+            f"schedule {nearest} with inside: false, is not written yet"
         )
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place)

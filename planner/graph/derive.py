@@ -39,6 +39,7 @@ class Boundary:
 
 
 ACCUMULATE = "accumulate"  # the loop over parts of the batch
+TICKS = "ticks"  # the loop in which all stages of a pipeline in one program work at once
 
 
 def all_parts(tensor: str) -> str:
@@ -337,8 +338,19 @@ class LoopBackward:
             outer.policy, scope, body.nodes, dict.fromkeys(roots), outer.keep, outer.cotangents
         )
         carries = self._seed(scope, inner)
+        given = [self._written(scope, inner, s) for s in loop.writes if s.outer in self.cotangents]
         inner.run()
-        self._close(scope, inner, carries, wanted_reads, wanted_shared)
+        self._close(scope, inner, carries, wanted_reads, wanted_shared, given)
+
+    def _written(self, scope: Builder, inner: Backward, stack: Stack) -> Stack:
+        """The cotangent of a stack that the loop has written enters slice by slice."""
+        cotangent = self.cotangents[stack.outer]
+        name = scope.unique(f"{stack.inner}.grad.slice")
+        like = self.outer.b.lookup(cotangent)
+        written = scope.lookup(stack.inner)
+        scope.declare(replace(written, name=name, dtype=like.dtype, role="activation"))
+        inner.add(stack.inner, name)
+        return Stack(cotangent, name)
 
     def _seed(self, scope: Builder, inner: Backward) -> dict[str, tuple[str, str]]:
         """Cotangents of the carries enter the body: entry name → (outer init, inner entry)."""
@@ -362,6 +374,7 @@ class LoopBackward:
         carries: Mapping[str, tuple[str, str]],
         wanted_reads: Sequence[Stack],
         wanted_shared: Sequence[str],
+        given: Sequence[Stack],
     ) -> None:
         outer = self.outer
         loop_carries: list[Carry] = []
@@ -383,6 +396,7 @@ class LoopBackward:
         nodes = list(fuse_nodes(scope.nodes, scope.tensors, keep=keep))
         saved = Saved(self.loop, inner, outer.b, scope)
         recomputed, rename, reads, passed = saved.resolve(nodes)
+        reads += given
         nodes = recomputed + [rename_node(n, rename) for n in nodes]
         tensors = _tensors_of(nodes, scope, rename, reads, loop_carries)
         self._emit(nodes, tensors, loop_carries, reads, writes, passed)
@@ -422,7 +436,10 @@ class LoopBackward:
         """A tensor read whole by every iteration: its gradients are summed in a carry."""
         b = self.outer.b
         tensor = scope.lookup(gradient)
-        init = _zeros(b, gradient, tensor)
+        summed = self.loop.name == TICKS  # as over parts of the batch
+        if summed:
+            tensor = replace(tensor, dtype="f32", role="gradient")
+        init = _zeros(b, gradient, tensor, summed)
         entry = scope.declare(replace(tensor, name=scope.unique(f"{gradient}.acc")))
         labels = tensor.dims
         total = scope.map(
@@ -450,10 +467,14 @@ def _own(scope: Builder, name: str, entry: str) -> str:
     return scope.cast(name, scope.lookup(name).dtype, f"{name}.out")
 
 
-def _zeros(b: Builder, like: str, tensor: Tensor | None = None) -> str:
+def _zeros(b: Builder, like: str, tensor: Tensor | None = None, summed: bool = False) -> str:
+    """`summed`: what gradients are added to, which is memory to be written."""
     t = tensor or b.lookup(like)
     sizes = dict(zip(t.dims, t.shape, strict=True))
-    return b.map(f"{like}.zeros", [], t.dims, ex.c(0), dtype=t.dtype, sizes=sizes)
+    return b.map(
+        f"{like}.zeros", [], t.dims, ex.c(0), dtype=t.dtype, sizes=sizes,
+        attrs={"written": True} if summed else None, roles=["gradient"] if summed else None,
+    )  # fmt: skip
 
 
 @dataclass
@@ -533,6 +554,8 @@ class Saved:
         policy = self.inner.policy
         if policy == "none":
             return True
+        if self.loop.name == TICKS:
+            return True  # its microbatches recompute layer by layer
         if isinstance(producer, Loop):
             return policy != "full"  # what an inner loop saves or results in is not redone
         if policy == "dots":

@@ -18,7 +18,7 @@ from typing import Any
 from planner.graph import expr as ex
 from planner.graph.builder import Builder, GraphError, distinct
 from planner.graph.core import Dims, Factor, Op, Rule, Tensor
-from planner.graph.primitive import FactorList, emit
+from planner.graph.primitive import FactorList, axis_of, emit
 
 PerDim = int | Sequence[int]
 Padding = str | int | Sequence[int | Sequence[int]]
@@ -419,6 +419,32 @@ def _max_pool_vjp(
     return {0: emit(b, "max_pool_dx", ins, [out], rule, op.attrs)[0]}
 
 
+def shift(b: Builder, x: str, dim: int | str, by: int, name: str = "shift") -> str:
+    """x moved by `by` places along one dimension; zeros come in where nothing does."""
+    axis, t = axis_of(b, name, x, dim), b.lookup(x)
+    w = Window((t.shape[axis],), (1,), (1,), (1,), ((by, -by),))
+    found = FactorList()
+    own = [
+        found.add(d, n, "window" if i == axis else "parallel")
+        for i, (d, n) in enumerate(zip(t.dims, t.shape, strict=True))
+    ]
+    outer = found.add(f"{t.dims[axis]}.out", t.shape[axis], "window")
+    moved = [outer if i == axis else f for i, f in enumerate(own)]
+    rule = Rule(
+        tuple(found.factors), (_single(own),), (_single(moved),), ((0,),),
+        windows=((own[axis], outer),),
+    )  # fmt: skip
+    attrs = {**w.attrs(), "visits": tuple(moved), "work": 0, "axis": axis, "by": by}
+    return emit(b, "shift", (x,), [replace(t, name=name, role="activation")], rule, attrs)[0]
+
+
+def _shift_vjp(
+    b: Builder, op: Op, cotangents: Mapping[str, str], wanted: Sequence[int]
+) -> dict[int, str]:
+    back = shift(b, cotangents[op.outs[0]], op.attrs["axis"], -op.attrs["by"], f"{op.ins[0]}.grad")
+    return {0: back}
+
+
 def upsample(b: Builder, x: str, *, factor: PerDim, name: str = "upsample") -> str:
     """Nearest-neighbour upsampling: x [B, spatial…, C] → every point repeated `factor` times."""
     x = b.use(x)
@@ -458,4 +484,5 @@ VJPS: dict[str, Vjp] = {
     **dict.fromkeys(ROLES, _conv_vjp),
     **dict.fromkeys(ADJOINTS, _adjoint_vjp),
     "max_pool": _max_pool_vjp,
+    "shift": _shift_vjp,
 }

@@ -124,8 +124,8 @@ class PipelineFields(_Strict):
     interleave: Size | None = Field(
         None, description="stages per device of interleaved and circular schedules; 2 if left out"
     )
-    inside: bool | None = Field(
-        None,
+    inside: bool = Field(
+        Pipeline.inside,
         description="whether embedding and softmax belong to the first and last stage; else they "
         "run outside of the pipeline, on all devices",
     )

@@ -301,15 +301,12 @@ class _Loader:
         return chunks
 
     def _inside(self, given: fields.PipelineFields) -> bool:
-        """Where one program holds all stages they are equal: embedding and softmax are outside."""
-        stacked = given.schedule in STACKED
-        if given.inside is not None and given.inside == stacked:
-            message = f"schedule {given.schedule} has embedding and softmax " + (
-                "outside of the stages, which are equal" if stacked
-                else "in its first and last stage"
-            )  # fmt: skip
-            self._add("bad-value", message, self._node("pipeline", "inside").place)
-        return not stacked
+        """Only where one program holds all stages can embedding and softmax be outside."""
+        if not given.inside and given.schedule not in STACKED:
+            message = f"schedule {given.schedule} has embedding and softmax in its stages"
+            hint = f"one program holds all stages only with {' or '.join(STACKED)}"
+            self._add("bad-value", message, self._node("pipeline", "inside").place, hint)
+        return given.inside
 
     # ---- graph ----------------------------------------------------------------------------------
 

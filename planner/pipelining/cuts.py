@@ -22,7 +22,8 @@ def stage_starts(graph: Graph, stages: int, mesh: LogicalMesh) -> tuple[int, ...
     row = units(graph)
     if len(row) < stages:
         raise PipelineError(
-            f"{stages} stages need at least as many layers, the model has {len(row)} parts"
+            f"the model cannot be cut into {stages} stages: it has {len(row)} parts, iterations of "
+            "repeats and what stands between them"
         )
     layers = [i for i, unit in enumerate(row) if unit.turn >= 0]
     stacks = {row[i].start for i in layers}

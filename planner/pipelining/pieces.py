@@ -158,7 +158,8 @@ class _Cutting:
         loops: tuple[object, ...] = tuple(
             (node.name, node.carries) if isinstance(node, Loop) else node.name for node in nodes
         )
-        kind = (loops, tuple(received.items()), tuple(sent.items()), tuple(shared.items()))
+        others = tuple((name, len(where)) for name, where in shared.items())
+        kind = (loops, tuple(received.items()), tuple(sent.items()), others)
         return Piece(graph, boundary, received, sent, kind, self.turns(start, stop))
 
     def turns(self, start: int, stop: int) -> dict[str, tuple[int, int]]:

@@ -58,11 +58,6 @@ class PipelinePlanning:
                 f"it has {', '.join(axes)}",
                 f"name it in the shape: {self.pipeline.axis}=4,…",
             )
-        if not self.pipeline.inside:
-            raise PipelineError(
-                f"schedule {self.pipeline.schedule} is not supported yet",
-                "1f1b and interleaved are",
-            )
         self.graph = training_step(self.model, keep=tuple(self.annotation))
         pinned_specs(self.graph, self.annotation, dict(self.inner.axes))  # raises if it cannot hold
 

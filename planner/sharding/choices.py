@@ -106,8 +106,25 @@ def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
                     grown.append(added)
         partial = grown
     yield from (
-        c for c in partial if _orderly(rule, c, sizes) and reaches_neighbours(op, c.split, sizes)
+        c
+        for c in partial
+        if _orderly(rule, c, sizes)
+        and _keeps_axes(rule, c, sizes)
+        and reaches_neighbours(op, c.split, sizes)
     )
+
+
+def bound_name(label: str, axis: str) -> str:
+    """The name of a dimension that `axis` has to split, and nothing else."""
+    return f"{label}@{axis}"
+
+
+def _keeps_axes(rule: Rule, choice: Choice, sizes: Sizes) -> bool:
+    for factor, axes in zip(rule.factors, choice.split, strict=True):
+        _, bound, axis = factor.name.removesuffix(".out").partition("@")
+        if bound and axes != ((axis,) if sizes[axis] > 1 else ()):
+            return False
+    return True
 
 
 @dataclass(frozen=True)

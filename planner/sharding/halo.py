@@ -27,7 +27,7 @@ Split = tuple[tuple[str, ...], ...]
 _READS = {
     "conv": {0: "x"}, "conv_dw": {0: "x"}, "conv_dx": {0: "y"},
     "max_pool": {0: "x"}, "max_pool_dx": {0: "around", 1: "y", 2: "y"},
-    "avg_pool": {0: "x"}, "avg_pool_dx": {0: "y"},
+    "shift": {0: "x"}, "avg_pool": {0: "x"}, "avg_pool_dx": {0: "y"},
 }  # fmt: skip
 
 

@@ -172,6 +172,16 @@ def _upsample_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array
     return (split.sum(axis=tuple(range(2, 2 * len(times) + 1, 2))),)
 
 
+def _shift(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
+    """A shard's op gets its operand moved already: then there is no padding."""
+    x, ((low, _),) = args[0], op.attrs["padding"]
+    axis = op.attrs["axis"]
+    kept = np.roll(x, low, axis)
+    gone = slice(0, low) if low >= 0 else slice(low, None)
+    kept[tuple(gone if i == axis else slice(None) for i in range(x.ndim))] = 0
+    return (kept,)
+
+
 # ---- halos -------------------------------------------------------------------------------------
 
 
@@ -197,5 +207,6 @@ EVALUATORS: dict[str, Callable[[Op, Sequence[Array], Offsets], tuple[Array, ...]
     "avg_pool_dx": _avg_pool_dx,
     "upsample": _upsample,
     "upsample_dx": _upsample_dx,
+    "shift": _shift,
     "halo": _halo,
 }

@@ -16,7 +16,7 @@ architecture: {kind: decoder, layers: 8, d_model: 512, heads: 8, vocab: 1024, se
 """
 
 
-@pytest.fixture(params=["1f1b", "interleaved"])
+@pytest.fixture(params=["1f1b", "interleaved", "gpipe"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / "model.yaml"
     path.write_text(MODEL.replace("SCHEDULE", request.param), encoding="utf-8")
@@ -61,12 +61,39 @@ def test_annotations_come_back(
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"pipe 00", "pipe 01"}
 
 
+def test_a_pipeline_in_one_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The axis splits stages in the layers, and is free outside of them; p - 1 of m + p - 1 ticks
+    are bubbles."""
+    path, folder = tmp_path / "model.yaml", tmp_path / "out"
+    path.write_text(MODEL.replace("SCHEDULE", "gpipe, inside: false"), encoding="utf-8")
+    planned = plan(capsys, path, "--format", "json", "-o", folder)
+    assert planned.code == 0, planned.err
+    found = json.loads(planned.out)
+    assert 0.5 / 9 < found["time"]["bubble_s"] / found["step_time_s"] <= 1 / 9
+    assert ["pipe"] in [c["axes"] for c in found["collectives"] if "permute" in c["kind"]]
+    annotations = found["annotations"]
+    assert "pipe" not in str([annotations[t] for t in annotations if t.startswith("layers.w")])
+    assert "pipe" in str(annotations["logits"])
+    again = json.loads(plan(capsys, "simulate", path, "--plan", folder, "--format", "json").out)
+    for key in ("step_time_s", "memory", "time", "collectives", "annotations"):
+        assert again[key] == found[key]
+    given = plan(
+        capsys, "simulate", path, "--annotations", folder / "annotations.json", "--format", "json"
+    )
+    assert given.code == 0, given.err
+    assert json.loads(given.out)["annotations"] == annotations
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--shape", "data=4"], "no axis 'pipe'"),
         (["--set", "pipeline.schedule=interleaved", "--set", "architecture.layers=1"],
-         "4 stages need at least as many layers"),
+         "cannot be cut into 4 stages"),
+        (["--set", "pipeline.schedule=gpipe", "--set", "pipeline.inside=false",
+          "--set", "architecture.layers=3"], "the model has 3 layers"),
+        (["--set", "pipeline.schedule=circular", "--set", "pipeline.inside=false"],
+         "others are not supported yet"),
         (["--set", "pipeline.schedule=interleaved", "--set", "training.pipeline_microbatches=1"],
          "groups of 2 microbatches"),
     ],

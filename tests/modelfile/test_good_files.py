@@ -388,7 +388,7 @@ def test_a_pipelines_graph_is_for_one_microbatch() -> None:
     [
         ("{axis: p, schedule: interleaved}", Pipeline("p", "interleaved", 2)),
         ("{axis: p, schedule: interleaved, interleave: 3}", Pipeline("p", "interleaved", 3)),
-        ("{axis: p, schedule: gpipe}", Pipeline("p", "gpipe", 1, inside=False)),
+        ("{axis: p, schedule: gpipe}", Pipeline("p", "gpipe", 1, inside=True)),
         ("{axis: p, schedule: circular, inside: false}", Pipeline("p", "circular", 2, False)),
     ],
 )

@@ -10,13 +10,13 @@ from functools import cache
 
 import numpy as np
 import pytest
-from random_pipelines import PipelineDrawer, pipelined
+from random_pipelines import PipelineDrawer, StackedDrawer, pipelined
 from small_models import decoder, encoder_decoder
 
 DRAWS = 20
 QUICK = 3  # of these in every run of the tests
 SMALL = {"layers_": 2, "positions": 2, "width": 4, "hidden": 4, "heads": 2}
-CASES: dict[str, Callable[[], PipelineDrawer]] = {
+CASES: dict[str, Callable[[], PipelineDrawer | StackedDrawer]] = {
     "1f1b": lambda: PipelineDrawer(
         pipelined(decoder(optimizer="adamw", remat="full"), "1f1b", microbatches=3),
         2, {"x": 2, "y": 2},
@@ -40,6 +40,9 @@ CASES: dict[str, Callable[[], PipelineDrawer]] = {
     "gpipe": lambda: PipelineDrawer(
         pipelined(decoder(**SMALL, optimizer="sgd", remat="full"), "gpipe"), 2, {"x": 2}
     ),
+    "gpipe in one program": lambda: StackedDrawer(
+        pipelined(decoder(layers_=4, optimizer="adamw", remat="full"), "gpipe"), 2, {"x": 2, "y": 2}
+    ),
     "circular": lambda: PipelineDrawer(
         pipelined(
             decoder(**{**SMALL, "layers_": 4}, optimizer="sgd", remat="none"),
@@ -48,13 +51,11 @@ CASES: dict[str, Callable[[], PipelineDrawer]] = {
         2, {"x": 2},
     ),
 }  # fmt: skip
-SEEDS = [
-    pytest.param(n, marks=[] if n < QUICK else [pytest.mark.slow]) for n in range(DRAWS)
-]
+SEEDS = [pytest.param(n, marks=[] if n < QUICK else [pytest.mark.slow]) for n in range(DRAWS)]
 
 
 @cache
-def drawer(name: str) -> PipelineDrawer:
+def drawer(name: str) -> PipelineDrawer | StackedDrawer:
     return CASES[name]()
 
 

@@ -115,9 +115,10 @@ def holds(place: object, factor: int) -> bool:
 
 
 def short(op: Op, split: tuple[tuple[str, ...], ...], sizes: dict[str, int]) -> bool:
-    """Whether some split block of space is shorter than the window around it."""
+    """Whether some split block of space is shorter than the window around it, or a shift."""
     for w, pair in enumerate(op.rule.windows):
         extent = (op.attrs["taps"][w] - 1) * op.attrs["dilation"][w] + 1
+        extent = max(extent, abs(op.attrs.get("by", 0)))
         parts = prod(sizes[a] for a in split[pair[0]])
         if parts > 1 and min(op.rule.factors[f].size // parts for f in pair) < extent:
             return True

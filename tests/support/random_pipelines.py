@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
-from random_plans import PlanDrawer, expected
+from random_plans import PlanDrawer, expected, run_plan
 
 import meshes
 from costmodels.pipeline import PipelineProgram
@@ -18,9 +18,11 @@ from planner.model import Model, Pipeline
 from planner.pipelining.cuts import stage_starts
 from planner.pipelining.pieces import Piece, cut
 from planner.pipelining.planning import PipelinePlanning
+from planner.pipelining.stacked import stacked
 from planner.pipelining.stage_planning import UPDATE, Crossing, StagePlanning
 from planner.plan import Plan
 from planner.planning import Options
+from planner.sharding.flow import build_flow
 from planner.sharding.spec import Spec, all_specs
 from planner.values import reference
 from planner.values.interpret import Shards, shard, unshard
@@ -126,3 +128,36 @@ def _joined(name: str, parts: list[np.ndarray], like: np.ndarray) -> np.ndarray:
             np.testing.assert_allclose(parts[0], other, rtol=1e-9, atol=1e-12, err_msg=name)
         return parts[0]
     return np.concatenate(parts)
+
+
+class StackedDrawer:
+    """The same for a pipeline that is one program."""
+
+    def __init__(self, model: Model, devices: int, inner: Mapping[str, int]) -> None:
+        self.devices = devices
+        self.axes = ((AXIS, devices), *inner.items())
+        whole = training_step(model)
+        inputs = reference.random_inputs(whole)
+        self.wanted = {
+            name: self.in_stages(name, array) for name, array in expected(whole, inputs).items()
+        }
+        step = training_step(stacked(model, AXIS, devices))
+        self.flow = build_flow(step, {})
+        self.inputs = {
+            name: self.in_stages(name, inputs[name if name in inputs else f"{name}.all"])
+            for name in step.inputs
+        }
+
+    def in_stages(self, name: str, array: np.ndarray) -> np.ndarray:
+        """Stacked parameters and their states: [layers] → [layers of a stage, stages]."""
+        if not name.startswith("layers."):
+            return array
+        each = array.shape[0] // self.devices
+        return array.reshape(self.devices, each, *array.shape[1:]).swapaxes(0, 1)
+
+    def run(self, seed: int) -> dict[str, np.ndarray]:
+        plan = PlanDrawer(self.flow, self.axes).draw(seed)
+        found = run_plan(self.flow, plan, self.inputs)
+        loss = next(name for name, array in found.items() if array.ndim == 0)
+        (own,) = self.wanted.keys() - found.keys()
+        return {own if name == loss else name: array for name, array in found.items()}
