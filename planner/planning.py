@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, sqrt
+from typing import TYPE_CHECKING
 
 from costmodels.memory import Memory, read_memory
 from costmodels.program import Program
@@ -18,18 +19,23 @@ from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.flops import count_flops
-from planner.ilp import Outcome, solve
+from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model
-from planner.pins import Annotation, pinned_specs
+from planner.pins import Annotation, part_copies, pinned_specs
 from planner.plan import Plan, Proof
+from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
 from planner.sharding.flow import Flow, build_flow
-from planner.sharding.formulate import Space, least_compute, mesh_resharder
+from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_resharder
 from planner.sharding.reshard import Resharder
+from planner.sharding.spec import Spec
 from planner.tying import tied_annotation, tied_meshes, untied
+
+if TYPE_CHECKING:
+    from planner.pipelining.planning import PipelinePlanning
 
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
@@ -45,7 +51,6 @@ LEAST_MEMORY_ROUNDS = 6  # limits tried between what is proven too little and wh
 LEAST_MEMORY_GAP = 0.1  # how far above the least possible peak is near enough
 LEAST_MEMORY_COST_GAP = 0.1  # any plan within such a limit will do, but not one absurdly slow
 
-Progress = Callable[[str], None]
 Weights = tuple[float, float]
 
 
@@ -75,6 +80,10 @@ class Unsolved(Exception):
     """The limits on time or work ended the search before any plan was found."""
 
 
+class NothingFits(Unsolved):
+    """Proven, and the plan of least memory was not asked for."""
+
+
 def plan_model(
     model: Model, mesh: LogicalMesh, options: Options | None = None,
     progress: Progress | None = None,
@@ -83,7 +92,14 @@ def plan_model(
 
     Raises Infeasible (with the least-memory plan), Unsolved, or PinError.
     """
-    return _Planning(model, mesh, options or Options(), model.constraints, progress).best()
+    return _planning(model, mesh, options, model.constraints, progress).best()
+
+
+def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
+    """Seconds that no plan's serial time falls below, memory left aside: where the chip does
+    not overlap communication, a bound of the step time. Quick: nothing is solved to the end."""
+    planning = Planning(model, mesh, Options(), model.constraints, None)
+    return quick_bound(planning.space.problem(None, []))
 
 
 def price_annotations(
@@ -95,7 +111,7 @@ def price_annotations(
     memory if that is possible. Raises PinError.
     """
     options = replace(options or Options(), least_memory=False)
-    return _Planning(model, mesh, options, annotation, None).completed()
+    return _planning(model, mesh, options, annotation, given=True).completed()
 
 
 def reprice(
@@ -107,11 +123,23 @@ def reprice(
     `annotation` is the one the plan was made under. Raises ValueError if it does not belong to
     this model and mesh.
     """
-    return _Planning(model, mesh, options or Options(), annotation, None).read(plan)
+    return _planning(model, mesh, options, annotation).read(plan)
+
+
+def _planning(
+    model: Model, mesh: LogicalMesh, options: Options | None, annotation: Annotation,
+    progress: Progress | None = None, given: bool = False,
+) -> Planning | PipelinePlanning:  # fmt: skip
+    """How a model is planned: in stages if its pipeline has several."""
+    if model.pipeline is None or dict(mesh.axes).get(model.pipeline.axis) == 1:
+        return Planning(model, mesh, options or Options(), annotation, progress, given)
+    from planner.pipelining.planning import PipelinePlanning  # it plans stages with Planning
+
+    return PipelinePlanning(model, mesh, options or Options(), annotation, progress, given)
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     plan: Plan
     program: Program
     memory: Memory
@@ -119,28 +147,40 @@ class _Candidate:
 
 
 @dataclass
-class _Planning:
+class Planning:
+    """Everything about planning one training step on one mesh."""
+
     model: Model
     mesh: LogicalMesh
     options: Options
     annotation: Annotation
     progress: Progress | None
+    given: bool = False  # the annotation says how the step runs, not what it may not do
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
-    leanest: _Candidate | None = None  # of the plans seen the one of least peak
+    leanest: Candidate | None = None  # of the plans seen the one of least peak
     solving_s: float = 0.0
     clock: Clock = field(init=False)
 
     def __post_init__(self) -> None:
         self.clock = Clock.of(self.options.time_limit_s)
         self.say("deriving the training step")
-        self.graph = training_step(self.model, keep=tuple(self.annotation))
-        sizes = dict(self.mesh.axes)
-        self.flow = build_flow(self.graph, pinned_specs(self.graph, self.annotation, sizes))
+        self.graph = self.step()
+        self.flow = self.laid_out()
         limit = self.options.memory_bytes
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
+
+    def step(self) -> Graph:
+        return training_step(self.model, keep=tuple(self.annotation))
+
+    def laid_out(self) -> Flow:
+        return build_flow(self.graph, self.pins())
+
+    def pins(self) -> dict[str, Spec]:
+        pins = pinned_specs(self.graph, self.annotation, dict(self.mesh.axes))
+        return {**pins, **part_copies(self.graph, pins)} if self.given else pins
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -149,7 +189,11 @@ class _Planning:
     @cached_property
     def space(self) -> Space:
         self.say("pricing choices")
-        return Space(self.flow, self.mesh, self.check_time)
+        return Space(self.flow, self.mesh, self.home_seconds(), self.check_time)
+
+    def home_seconds(self) -> HomeSeconds | None:
+        """What homes cost by themselves: nothing."""
+        return None
 
     def check_time(self, needed_s: float = 0.0) -> None:
         if self.clock.left() <= needed_s:
@@ -175,10 +219,10 @@ class _Planning:
             return self.tied()
         return self.result(self.fastest(self.fitting))
 
-    def fastest(self, find: Callable[[Weights], _Candidate]) -> _Candidate:
+    def fastest(self, find: Callable[[Weights], Candidate]) -> Candidate:
         """Of what `find` finds under several weights, what the simulator says is fastest."""
         weighted = OVERLAP_WEIGHTS if self.mesh.chip.overlap else OVERLAP_WEIGHTS[:1]
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         for weights in weighted:
             try:
                 found.append(find(weights))
@@ -200,7 +244,7 @@ class _Planning:
         for pair, mesh in tied_meshes(self.mesh, self.annotation):
             self.say(f"tying axes {pair[0]} and {pair[1]}")
             tied = tied_annotation(self.annotation, pair)
-            planning = _Planning(self.model, mesh, self.options, tied, self.progress)
+            planning = Planning(self.model, mesh, self.options, tied, self.progress)
             planning.clock = self.clock
             try:
                 result = planning.best()
@@ -235,29 +279,33 @@ class _Planning:
         return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
     def read(self, plan: Plan) -> Result:
+        self.check(plan)
+        return self.result(self.lowered(plan))
+
+    def check(self, plan: Plan) -> None:
+        """Raises ValueError if the plan is for something else."""
         expected = {site.op.origin or name for name, site in self.flow.sites.items()}
         if set(plan.choices) != expected or len(plan.homes) != len(self.flow.homes):
             raise ValueError("the plan does not belong to this model")
         if plan.axes != self.mesh.axes:
             raise ValueError(f"the plan is for mesh {plan.axes}, not {self.mesh.axes}")
-        return self.result(self.lowered(plan))
 
     # ---- the ILP with memory ---------------------------------------------------------------
 
-    def fitting(self, weights: Weights) -> _Candidate:
+    def fitting(self, weights: Weights) -> Candidate:
         """Least surrogate cost among the plans that fit."""
         found = self.within(self.target, weights, ENOUGH_GAP)
         if found is not None:
             return found
         if not self.options.least_memory:
-            raise Unsolved("nothing fits")
+            raise NothingFits("nothing fits")
         raise self.infeasible()
 
-    def unlimited(self, weights: Weights) -> _Candidate:
+    def unlimited(self, weights: Weights) -> Candidate:
         """Least surrogate cost, whatever memory it takes."""
         return self.candidate(self.solved(None, weights, ENOUGH_GAP))
 
-    def within(self, target: float, weights: Weights, gap: float) -> _Candidate | None:
+    def within(self, target: float, weights: Weights, gap: float) -> Candidate | None:
         """Least surrogate cost among the plans whose peak is at most `target`; constraints are
         added as needed. None if there is none."""
         for _ in range(MEMORY_ROUNDS):
@@ -324,22 +372,25 @@ class _Planning:
 
     # ---- readings -------------------------------------------------------------------------
 
-    def candidate(self, outcome: Outcome, status: str = "") -> _Candidate:
+    def candidate(self, outcome: Outcome, status: str = "") -> Candidate:
+        found = self.lowered(self.candidate_plan(outcome, status))
+        if self.leanest is None or found.memory.peak_bytes < self.leanest.memory.peak_bytes:
+            self.leanest = found
+        return found
+
+    def candidate_plan(self, outcome: Outcome, status: str = "") -> Plan:
         if outcome.choice is None:
             raise Unsolved(f"no plan found ({outcome.status})")
         proof = Proof(
             status or outcome.status, outcome.cost, outcome.bound, outcome.gap, outcome.seconds
         )
-        found = self.lowered(self.space.plan(outcome.choice.tolist(), proof))
-        if self.leanest is None or found.memory.peak_bytes < self.leanest.memory.peak_bytes:
-            self.leanest = found
-        return found
+        return self.space.plan(outcome.choice.tolist(), proof)
 
-    def lowered(self, plan: Plan) -> _Candidate:
+    def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
-        return _Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
+        return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
-    def result(self, c: _Candidate) -> Result:
+    def result(self, c: Candidate) -> Result:
         return Result(
             self.model, self.mesh, self.graph, c.plan, c.program, c.timing, c.memory,
             count_flops(self.graph), self.limit, self.options.headroom,
