@@ -116,7 +116,7 @@ limiting = options(
 )  # fmt: skip
 solving = options(
     overriding, limiting,
-    click.option("--time-limit", type=SECONDS, metavar="60s", help="Longest time of one solve."),
+    click.option("--time-limit", type=SECONDS, metavar="60s", help="Longest time of planning."),
     click.option("--seed", type=int, default=0, help="Of the solver's random choices."),
 )  # fmt: skip
 given = options(

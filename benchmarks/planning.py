@@ -38,7 +38,7 @@ DEVICES = {
     4096: ("tpu-v4:16x16x16", "x=16,y=256"),
 }
 LAYERS = (1, 8, 32, 128)
-AXES = {1: "x=64", 2: "x=4,y=16", 3: "x=4,y=4,z=4"}
+AXES = {1: "x=64", 2: "x=4,y=16", 3: "x=4,y=4,z=4", 4: "x=4,y=4,z=2,w=2"}
 CUBE = "tpu-v4:4x4x4"
 
 
@@ -102,7 +102,7 @@ def _result(code: int, text: bytes) -> str:
         return f"no plan (exit code {code})"
     document = json.loads(text)
     solver, fits = document["solver"], document["memory"]["fits"]
-    gap = "" if solver["gap"] is None else f", gap {solver['gap']:.1%}"
+    gap = "" if solver["gap"] is None else f", gap {solver['gap']:.2%}"
     verdict = "" if fits else ", does not fit"
     return f"{solver['status']}{gap}{verdict}"
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, sqrt
-from time import monotonic
 from typing import TYPE_CHECKING
 
 from costmodels.memory import Memory, read_memory
@@ -22,6 +21,7 @@ from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.flops import count_flops
 from planner.ilp import Outcome, quick_bound, solve
+from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model
 from planner.pins import Annotation, part_copies, pinned_specs
@@ -42,7 +42,8 @@ DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
 WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
 ENOUGH_GAP = 0.001  # differences of simulated times below this are noise
-LEAST_TIME_S = 1.0  # given to a solve that starts late
+SOLVE_SHARE = 0.5  # of the time left that one solve may take: others may have to follow
+LAST_SHARE = 0.1  # of the time limit that is too short for another solve
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
 # the simulator may hide it: weights are fetched ahead and gradients drain late, activations wait.
@@ -167,9 +168,10 @@ class Planning:
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
     leanest: Candidate | None = None  # of the plans seen the one of least peak
     solving_s: float = 0.0
-    began: float = field(default_factory=monotonic)
+    clock: Clock = field(init=False)
 
     def __post_init__(self) -> None:
+        self.clock = Clock.of(self.options.time_limit_s)
         self.say("deriving the training step")
         self.graph = self.step()
         self.flow = self.laid_out()
@@ -193,11 +195,15 @@ class Planning:
     @cached_property
     def space(self) -> Space:
         self.say("pricing choices")
-        return Space(self.flow, self.mesh, self.home_seconds())
+        return Space(self.flow, self.mesh, self.home_seconds(), self.check_time)
 
     def home_seconds(self) -> HomeSeconds | None:
         """What homes cost by themselves: nothing."""
         return None
+
+    def check_time(self, needed_s: float = 0.0) -> None:
+        if self.clock.left() <= needed_s:
+            raise Unsolved("the time limit ended before a plan was found")
 
     @cached_property
     def prefetched(self) -> set[str]:
@@ -221,29 +227,38 @@ class Planning:
 
     def fastest(self, find: Callable[[Weights], Candidate]) -> Candidate:
         """Of what `find` finds under several weights, what the simulator says is fastest."""
-        overlapping = bool(self.mesh.chip.overlap)
+        weighted = OVERLAP_WEIGHTS if self.mesh.chip.overlap else OVERLAP_WEIGHTS[:1]
         found: list[Candidate] = []
-        for weights in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
+        for weights in weighted:
             try:
                 found.append(find(weights))
-            except Unsolved:
+            except Unsolved:  # the best so far is the answer
                 if not found:
                     raise
-                break  # out of time: the best so far is the answer
+                break
         fastest = min(found, key=lambda c: c.timing.step_time_s)
         # The proof concerns the unweighted surrogate.
         proof = replace(found[0].plan.proof, seconds=self.solving_s)
+        if len(found) < len(weighted) and self.clock.limited:
+            proof = replace(proof, status="time_limit")
         return replace(fastest, plan=replace(fastest.plan, proof=proof))
 
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
-        found = []
+        found: list[tuple[float, Plan]] = []
+        cut = False
         for pair, mesh in tied_meshes(self.mesh, self.annotation):
             self.say(f"tying axes {pair[0]} and {pair[1]}")
             tied = tied_annotation(self.annotation, pair)
             planning = Planning(self.model, mesh, self.options, tied, self.progress)
-            planning.began = self.began
-            result = planning.best()
+            planning.clock = self.clock
+            try:
+                result = planning.best()
+            except Unsolved:  # the best so far is the answer
+                if not found:
+                    raise
+                cut = True
+                break
             found.append((result.timing.step_time_s, untied(result.plan, pair, self.mesh)))
         if not found:
             raise Unsolved(
@@ -251,13 +266,14 @@ class Planning:
                 "but the constraints separate every pair"
             )
         plan = min(found, key=lambda entry: entry[0])[1]
-        bound = least_compute(self.flow, self.mesh)
         objective = plan.proof.objective_s
-        gap = (objective - bound) / objective
+        bound, gap = inf, inf  # unknown
+        if not cut:
+            bound = least_compute(self.flow, self.mesh)
+            gap = (objective - bound) / objective
         seconds = sum(p.proof.seconds for _, p in found)
-        return self.result(
-            self.lowered(replace(plan, proof=Proof("heuristic", objective, bound, gap, seconds)))
-        )
+        proof = Proof("time_limit" if cut else "heuristic", objective, bound, gap, seconds)
+        return self.result(self.lowered(replace(plan, proof=proof)))
 
     def completed(self) -> Result:
         """What is left open fits if it can: least cost alone would replicate what costs nothing."""
@@ -324,22 +340,18 @@ class Planning:
         self.slack += memory.peak_bytes - target + 1
 
     def solved(self, limit: float | None, weights: Weights, gap: float) -> Outcome:
+        self.check_time(LAST_SHARE * (self.options.time_limit_s or 0.0))
         ahead, waiting = weights
         counts = [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
         problem = self.space.problem(limit, self.active, counts)
         self.say(f"solving for {problem.size} decisions")
+        time_limit = self.clock.left() * SOLVE_SHARE if self.clock.limited else None
         outcome = solve(
-            problem, backend=self.options.backend, time_limit=self.time_left(),
+            problem, backend=self.options.backend, time_limit=time_limit,
             work_limit=WORK_LIMIT, seed=self.options.seed, gap=gap,
         )  # fmt: skip
         self.solving_s += outcome.seconds
         return outcome
-
-    def time_left(self) -> float | None:
-        """What is left of the time limit, which is for the whole of planning."""
-        if self.options.time_limit_s is None:
-            return None
-        return max(LEAST_TIME_S, self.options.time_limit_s - (monotonic() - self.began))
 
     def infeasible(self) -> Infeasible:
         """The plan of least memory, between what is proven too little and the least peak seen."""

@@ -50,7 +50,7 @@ def search(
         return Search("stopped", None, -np.inf)
     with _stdout_to_stderr():
         model.solve(_solver(backend, left, work_limit, gap))
-    return _read(model, columns, work, linear)
+    return _read(model, columns, work, linear, gap)
 
 
 @contextlib.contextmanager
@@ -117,9 +117,12 @@ def _solver(backend: str, left: float | None, work_limit: int | None, gap: float
 
 
 def _read(
-    model: pulp.LpProblem, columns: list[pulp.LpVariable], work: Work, linear: Linear
+    model: pulp.LpProblem, columns: list[pulp.LpVariable], work: Work, linear: Linear, gap: float
 ) -> Search:
-    """What `sol_status` really says; a solution is rounded to a choice."""
+    """What `sol_status` really says; a solution is rounded to a choice.
+
+    "Optimal" means up to `gap`, a share of the cost that the solver sees: without the offset.
+    """
     if model.sol_status == pulp.LpSolutionInfeasible or model.status == pulp.LpStatusInfeasible:
         return Search("infeasible", None, np.inf)
     if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
@@ -127,5 +130,7 @@ def _read(
     x = np.array([v.varValue or 0.0 for v in columns])
     choice: Ints = linear.choice(x, work.original)
     if model.sol_status == pulp.LpSolutionOptimal:
-        return Search("optimal", work.expand(choice), work.price(choice))
+        cost = work.price(choice)
+        status = "close" if gap > 0 else "optimal"
+        return Search(status, work.expand(choice), cost - gap * (cost - linear.offset))
     return Search("feasible", work.expand(choice), -np.inf)

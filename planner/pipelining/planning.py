@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from time import monotonic
 
 from costmodels.pipeline import PipelineProgram, StageProgram
 from costmodels.pipeline_memory import read_pipeline_memory
@@ -20,6 +19,7 @@ from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.flops import count_flops
 from planner.graph.fuse import fuse_graph
+from planner.ilp.clock import Clock
 from planner.lowering.lower import resolve_specs
 from planner.model import Model, Pipeline
 from planner.pins import Annotation, pinned_specs
@@ -47,10 +47,11 @@ class PipelinePlanning:
     progress: Progress | None
     given: bool = False
     graph: Graph = field(init=False)  # the whole step, as if on one device
-    began: float = field(default_factory=monotonic)
+    clock: Clock = field(init=False)
     unfit: bool = False  # whether a stage was found that fits under no plan
 
     def __post_init__(self) -> None:
+        self.clock = Clock.of(self.options.time_limit_s)
         axes = dict(self.mesh.axes)
         if self.pipeline.axis not in axes:
             raise PipelineError(
@@ -175,7 +176,7 @@ class PipelinePlanning:
             piece=piece, whole=self.mesh, axis=self.pipeline.axis, crossing=settled, copies=copies,
             chunks=self.pipeline.interleave, settling=settling,
         )  # fmt: skip
-        stage.began = self.began
+        stage.clock = self.clock
         return stage
 
     def _say(self, text: str) -> None:

@@ -50,11 +50,12 @@ class Unsatisfiable(ValueError):
 @dataclass
 class Space:
     """The strategies of every node of a flow on a mesh, priced: everything that does not
-    depend on the memory limit."""
+    depend on the memory limit. `check` is called between steps and may raise to give up."""
 
     flow: Flow
     mesh: LogicalMesh
     home_seconds: HomeSeconds | None = None  # what a home costs by itself, if not nothing
+    check: Callable[[], None] = lambda: None
     resharder: Resharder = field(init=False)
     keys: list[Key] = field(init=False, default_factory=list)
     choices: dict[str, tuple[Choice, ...]] = field(init=False, default_factory=dict)
@@ -75,6 +76,7 @@ class Space:
 
     def _op_nodes(self) -> None:
         for site in self.flow.sites.values():
+            self.check()
             op = site.op
             name = op.origin or op.name
             key: Key = ("op", name)
@@ -132,7 +134,11 @@ class Space:
         return self.resharder.matrix(sources, targets, c.shape, ITEM_BYTES[c.dtype], c.reduce)
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
-        return [(c, c.times * self.spec_costs(c)) for c in self.flow.conversions]
+        found = []
+        for c in self.flow.conversions:
+            self.check()
+            found.append((c, c.times * self.spec_costs(c)))
+        return found
 
     # ---- the problem ------------------------------------------------------------------------
 

@@ -7,9 +7,13 @@ import math
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from hypothesis import strategies as st
 from ilp_support import brute_force, problems, random_problem
 
 from planner.ilp import Edge, Problem, Usage, evaluate, solve
+
+# Mostly ours: the others take a hundred times as long.
+EXACT_BACKENDS = st.sampled_from(["auto"] * 18 + ["highs", "cbc"])
 
 
 def check_against_brute_force(problem: Problem, backend: str) -> None:
@@ -31,6 +35,24 @@ def check_against_brute_force(problem: Problem, backend: str) -> None:
 @given(problems())
 def test_auto_is_brute_force(problem: Problem) -> None:
     check_against_brute_force(problem, "auto")
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.sampled_from([0.02, 0.2, 1.0]), EXACT_BACKENDS)
+def test_a_gap_that_is_asked_for_is_kept(problem: Problem, gap: float, backend: str) -> None:
+    best = brute_force(problem)
+    outcome = solve(problem, gap=gap, backend=backend)
+    if best is None:
+        assert outcome.status == "infeasible"
+        return
+    assert outcome.choice is not None
+    assert evaluate(problem, outcome.choice).fits
+    assert outcome.bound <= best.cost * (1 + 1e-9)
+    assert best.cost <= outcome.cost * (1 + 1e-9)
+    assert outcome.cost - outcome.bound <= gap * outcome.cost * (1 + 1e-9)
+    assert outcome.status in ("optimal", "feasible")
+    if outcome.status == "optimal":
+        assert outcome.cost == pytest.approx(best.cost, rel=1e-9, abs=1e-15)
 
 
 @settings(max_examples=15, deadline=None)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from math import inf
+from typing import Any
+
 import pytest
 
 import meshes
 from costmodels.collectives import collective_seconds
 from costmodels.summary import collectives
 from meshes.resolve import from_text
+from planner import planning
+from planner.ilp import Outcome, solve
 from planner.model import Model
 from planner.modelfile import load_model
 from planner.planning import LEAST_MEMORY_GAP, Infeasible, Options, Unsolved, plan_model
@@ -94,3 +99,29 @@ architecture: {kind: unet, image: [64, 64, 64], channels: 1, classes: 2, width: 
 def _on_two_devices(volumes: Model) -> Result:
     mesh = meshes.logical(meshes.resolve("tpu-v4:1x1x2"), {"x": 2})
     return plan_model(volumes, mesh)
+
+
+def test_no_time_means_no_plan_and_enough_of_it_the_same_plan(model: Model) -> None:
+    mesh = meshes.logical(meshes.resolve("tpu-v4:1x2x2"), SHAPE)
+    with pytest.raises(Unsolved, match="time limit"):
+        plan_model(model, mesh, Options(time_limit_s=0.0))
+    timed = plan_model(model, mesh, Options(time_limit_s=600.0))
+    assert timed.plan == plan_model(model, mesh).plan
+
+
+def test_time_that_ends_after_the_first_plan_leaves_that_plan(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the clock ended the solve under the second weighting."""
+    solves = []
+
+    def solve_once(*args: Any, **options: Any) -> Outcome:
+        solves.append(1)
+        if len(solves) > 1:
+            return Outcome("time_limit", None, inf, -inf)
+        return solve(*args, **options)
+
+    monkeypatch.setattr(planning, "solve", solve_once)
+    mesh = meshes.logical(meshes.resolve("tpu-v5e:2x2"), SHAPE)
+    found = plan_model(model, mesh, Options(time_limit_s=600.0))
+    assert (found.plan.proof.status, found.fits, len(solves)) == ("time_limit", True, 2)
