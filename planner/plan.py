@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from planner.model import Remat
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Spec
 
@@ -25,12 +26,14 @@ class Proof:
 
 @dataclass(frozen=True)
 class Plan:
-    """`choices` by op name (recomputed ops follow their origin), `homes` by home id."""
+    """`choices` by op name (recomputed ops follow their origin), `homes` by home id. `remat`: what
+    is saved for the backward pass, where the model leaves that open."""
 
     axes: tuple[tuple[str, int], ...]
     choices: Mapping[str, Choice]
     homes: tuple[Spec, ...]
     proof: Proof
+    remat: Remat | None = None
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -116,6 +116,7 @@ def reprice(
     `annotation` is the one the plan was made under. Raises ValueError if it does not belong to
     this model and mesh.
     """
+    model = model.decided(plan.remat)
     return _Planning(model, mesh, options or Options(), annotation, None).read(plan)
 
 

@@ -78,6 +78,7 @@ class _Document(_Strict):
     constraints: dict[str, tuple[tuple[str, ...], ...]]
     predicted: dict[str, Any]
     proof: _Proof
+    remat: str | tuple[str, ...] | None = None
     choices: dict[str, _Choice]
     homes: tuple[_Home, ...]
 
@@ -128,6 +129,7 @@ def dump(stored: PlanFile) -> str:
                 "status": proof.status, "objective_s": finite(proof.objective_s),
                 "bound_s": finite(proof.bound_s), "gap": finite(proof.gap),
             },
+            "remat": stored.plan.remat,
             "choices": {name: _choice(c) for name, c in stored.plan.choices.items()},
             "homes": [_home(spec) for spec in stored.plan.homes],
         }
@@ -177,6 +179,7 @@ def _plan_file(d: _Document, file: str) -> PlanFile:
         {name: Choice(c.split, c.passed) for name, c in d.choices.items()},
         tuple(Spec(h.dims, h.partial) for h in d.homes),
         proof,
+        d.remat,
     )
     source = Source(d.model.argument, d.model.file, d.model.text, d.model.overrides)
     return PlanFile(

@@ -17,7 +17,7 @@ from planner.graph.core import Carry, Graph, Loop, Node, Op, Stack, Tensor
 from planner.graph.fuse import fuse_graph, fuse_nodes
 from planner.graph.optimizers import update
 from planner.graph.vjp import VJPS, add_up
-from planner.model import Model, Training
+from planner.model import AUTO, Model, Training
 
 AGAIN = "~"  # suffix of a recomputed tensor
 
@@ -128,8 +128,10 @@ def _differentiate(
         b_root._names.update(body.tensors)
     loss = forward.outputs[0]
     targets = [n for n in forward.inputs if forward.tensors[n].role == "parameter"]
+    remat = settings.remat
+    policy = frozenset(remat) if not isinstance(remat, str) else "full" if remat == AUTO else remat
     backward = Backward(
-        settings.remat, b, forward.nodes, dict.fromkeys(targets), keep, cotangents
+        policy, b, forward.nodes, dict.fromkeys(targets), keep, cotangents
     )
     b.phase = "backward"
     b.nodes = []
@@ -155,7 +157,7 @@ def _bodies(nodes: Iterable[Node]) -> Iterable[Graph]:
 class Backward:
     """Reverse pass over the nodes of one scope, emitting into builder `b`."""
 
-    policy: str
+    policy: str | frozenset[str]  # a set names what is saved
     b: Builder
     nodes: Sequence[Node]
     roots: dict[str, None]  # tensors of this scope whose gradients somebody wants
@@ -423,6 +425,8 @@ class Saved:
         if set(producer.outs) <= cheap:
             return False
         policy = self.inner.policy
+        if not isinstance(policy, str):
+            return not policy.isdisjoint(producer.outs)
         if policy == "none":
             return True
         if isinstance(producer, Loop):
