@@ -15,6 +15,8 @@ AUTO = "auto"
 FIXED_POLICIES = ("none", "full", "dots", "attention")
 REMAT_POLICIES = (*FIXED_POLICIES, AUTO)
 
+SHOWN = 6  # saved values that a report names
+
 Remat = str | tuple[str, ...]  # a policy, or the tensors of repeated bodies that are saved
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "circular")
 SEVERAL_CHUNKS = ("interleaved", "circular")  # schedules in which a device has several stages
@@ -68,7 +70,11 @@ class Assumed:
 
 
 def remat_text(remat: Remat) -> str:
-    return remat if isinstance(remat, str) else f"saving {', '.join(remat)}"
+    """In words; of many values only the last, which are the large ones."""
+    if isinstance(remat, str):
+        return remat
+    more = f" and {len(remat) - SHOWN} more" if len(remat) > SHOWN else ""
+    return f"saving {', '.join(remat[-SHOWN:])}{more}"
 
 
 @dataclass(frozen=True)

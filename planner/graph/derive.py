@@ -384,7 +384,7 @@ class Saved:
             if name in slices:
                 rename[name] = name + AGAIN
                 reads[name] = Stack(slices[name].outer, name + AGAIN)
-            elif name in entries or (name in producers and self._saves(producers[name], cheap)):
+            elif name in entries or self._saves(name, producers.get(name), cheap):
                 rename[name] = name + AGAIN
                 reads[name] = Stack(self._stack(name), name + AGAIN)
             elif name in producers:
@@ -421,12 +421,14 @@ class Saved:
                 found.update(node.outs)
         return found
 
-    def _saves(self, producer: Node, cheap: set[str]) -> bool:
-        if set(producer.outs) <= cheap:
+    def _saves(self, name: str, producer: Node | None, cheap: set[str]) -> bool:
+        if producer is None:
             return False
         policy = self.inner.policy
         if not isinstance(policy, str):
-            return not policy.isdisjoint(producer.outs)
+            return name in policy
+        if set(producer.outs) <= cheap:
+            return False
         if policy == "none":
             return True
         if isinstance(producer, Loop):
