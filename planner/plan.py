@@ -26,13 +26,20 @@ class Proof:
 
 @dataclass(frozen=True)
 class Plan:
-    """`choices` by op name (recomputed ops follow their origin), `homes` by home id. `remat`: what
-    is saved for the backward pass, where the model leaves that open."""
+    """`choices` by op name (recomputed ops follow their origin), `homes` by home id.
+    `remat` is what is saved for the backward pass, where the model leaves that open.
+
+    Of a pipeline: `starts` says where its stages start (see pipelining.pieces), `pieces` has a
+    plan for every kind of stage in order, over the axes without the pipeline's; the plan itself
+    has the choices of all of them, and no homes.
+    """
 
     axes: tuple[tuple[str, int], ...]
     choices: Mapping[str, Choice]
     homes: tuple[Spec, ...]
     proof: Proof
+    pieces: tuple[Plan, ...] = ()
+    starts: tuple[int, ...] = ()
     remat: Remat | None = None
 
     @property

@@ -109,7 +109,7 @@ def _searched(
         savings = search(model, saving.candidates(model, candidates[0]), options, progress)
     best = (savings or shapes)[0]
     if best.outcome == IMPOSSIBLE:
-        raise InputError(f"{request.source.file}: constraint {best.explanation[0]}")
+        raise InputError(f"{request.source.file}: {best.explanation[0]}")
     if best.plan is None:
         raise Unsolved(f"no plan for any of {len(savings or shapes)} candidates")
     result = reprice(model, best.mesh, best.plan, model.constraints, options)

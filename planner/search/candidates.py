@@ -22,6 +22,7 @@ from time import monotonic
 from meshes import LogicalMesh
 from planner.model import Model, Remat
 from planner.pins import PinError
+from planner.pipelining.pieces import PipelineError
 from planner.plan import Plan
 from planner.planning import (
     Infeasible,
@@ -42,7 +43,7 @@ ORDINARY_AXES = 2
 PATIENCE = 8  # candidates in a row that may fail to be faster
 FALLBACKS = 5  # candidates of which the plan of least memory is sought if nothing fits
 FITS, TOO_LARGE, UNSOLVED, SLOWER, LEFT_OUT, IMPOSSIBLE = (
-    "fits", "does not fit", "no plan in time", "slower", "left out", "constraints impossible",
+    "fits", "does not fit", "no plan in time", "slower", "left out", "impossible",
 )  # fmt: skip
 
 
@@ -216,16 +217,16 @@ class _Search:
 
 
 def _bound(call: _Call) -> Trial:
+    model = call.model.decided(call.trial.remat)
     try:
-        model = call.model.decided(call.trial.remat)
         return replace(call.trial, bound_s=surrogate_bound(model, call.trial.mesh))
     except PinError as error:
-        return replace(call.trial, outcome=IMPOSSIBLE, bound_s=inf, explanation=(str(error),))
+        return _impossible(call.trial, f"constraint {error}")
 
 
 def _plan(call: _Call) -> Trial:
+    model = call.model.decided(call.trial.remat)
     try:
-        model = call.model.decided(call.trial.remat)
         result = plan_model(model, call.trial.mesh, call.options)
     except Infeasible as error:
         return _told(call.trial, TOO_LARGE, error.result, error.explanation)
@@ -233,7 +234,13 @@ def _plan(call: _Call) -> Trial:
         return replace(call.trial, outcome=TOO_LARGE)
     except Unsolved as error:
         return replace(call.trial, outcome=UNSOLVED, explanation=(str(error),))
+    except PipelineError as error:
+        return _impossible(call.trial, str(error))
     return _told(call.trial, FITS, result)
+
+
+def _impossible(trial: Trial, why: str) -> Trial:
+    return replace(trial, outcome=IMPOSSIBLE, bound_s=inf, explanation=(why,))
 
 
 def _told(trial: Trial, outcome: str, result: Result, explanation: tuple[str, ...] = ()) -> Trial:
