@@ -24,6 +24,7 @@ from planner.pins import Annotation, PinError
 from planner.placing import Machine, place
 from planner.planning import (
     Infeasible,
+    NothingFits,
     Options,
     Unsolved,
     plan_model,
@@ -33,7 +34,7 @@ from planner.planning import (
 from planner.progress import Progress
 from planner.result import Result
 from planner.search import saving
-from planner.search.candidates import IMPOSSIBLE, Trial, search
+from planner.search.candidates import IMPOSSIBLE, TOO_LARGE, Trial, search
 from planner.source import Source
 
 
@@ -111,7 +112,8 @@ def _searched(
     if best.outcome == IMPOSSIBLE:
         raise InputError(f"{request.source.file}: {best.explanation[0]}")
     if best.plan is None:
-        raise Unsolved(f"no plan for any of {len(savings or shapes)} candidates")
+        kind = NothingFits if best.outcome == TOO_LARGE else Unsolved
+        raise kind(f"no plan for any of {len(savings or shapes)} candidates")
     result = reprice(model, best.mesh, best.plan, model.constraints, options)
     return Planned(
         request.source, machine, result, options, model.constraints, best.explanation,

@@ -142,7 +142,7 @@ class _Search:
         self._plan(few, patience=len(few))
         self._plan(more, patience=PATIENCE)
         found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
-        if not any(t.outcome == FITS for t in found):
+        if self.options.least_memory and not any(t.outcome == FITS for t in found):
             found = self._least_memory(found)
         return found
 
