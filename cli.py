@@ -46,6 +46,7 @@ class Amount(click.ParamType):
 
 
 SIZE, FRACTION, SECONDS = Amount("size_bytes"), Amount("fraction"), Amount("seconds")
+COUNT = Amount("count")
 
 
 class PlanGroup(DefaultGroup):
@@ -346,6 +347,50 @@ def diff(before: Path, after: Path, quiet: bool, color: str) -> int:
     old, new = (read_plan(planfile.load(path)) for path in (before, after))
     Screen(quiet, color).show(difference.difference(old, new))
     return OK
+
+
+@cli.command()
+@click.argument("model")
+@click.option("--mesh", "machines", multiple=True, required=True, metavar="NAME|FILE",
+              help="A machine to consider; repeatable.")
+@click.option("--shape", metavar="auto", help="Of the meshes; a few natural ones if left out.")
+@click.option("--tokens", type=COUNT, metavar="300e9", help="Tokens of the whole run.")
+@click.option("--deadline", type=SECONDS, metavar="30d", help="Longest time of the whole run.")
+@click.option("--price", "prices", multiple=True, metavar="[CHIP|MESH=]USD",
+              help="Of one device for an hour; repeatable.")
+@click.option("--resume", type=click.Path(path_type=Path), metavar="FILE",
+              help="Keep what is found there, and take what is there already.")
+@click.option("--scheduler", metavar="ADDRESS", help="Plan on a Dask cluster (extra [dask]).")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text",
+              help="What to print.")
+@solving
+@common
+def sweep(
+    machines: tuple[str, ...], tokens: float | None, deadline: float | None,
+    prices: tuple[str, ...], resume: Path | None, scheduler: str | None, form: str,
+    quiet: bool, color: str, **rest: Any,
+) -> int:
+    """Plans MODEL on several machines: what fits, how long a run takes, what it costs."""
+    from planner.export import sweepfile
+    from planner.report import sizing
+    from planner.report.console import Screen
+    from planner.report.document import as_json
+    from planner.sweeping import Run, price_list, sweep
+
+    if deadline is not None and tokens is None:
+        raise click.UsageError("--deadline needs --tokens")
+    screen, request = Screen(quiet, color), _request(mesh=None, **rest)
+    run = Run(tokens, deadline, price_list(prices))
+    known = sweepfile.load(resume) if resume else {}
+    keep = sweepfile.keeper(resume, known) if resume else None
+    with screen.progress() as progress:
+        rows = sweep(request, machines, known, keep, progress, scheduler)
+    name = request.source.load().name
+    if form == "json":
+        screen.data(as_json(sizing.document(name, rows, run)))
+    else:
+        screen.show(sizing.text(name, rows, run))
+    return OK if run.smallest(rows) else NO
 
 
 @cli.command()

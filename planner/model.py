@@ -6,12 +6,18 @@ Front ends (model files, the zoo) build it; training-step derivation and plannin
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from planner.graph.core import Graph
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "adafactor")
-REMAT_POLICIES = ("none", "full", "dots", "attention")
+AUTO = "auto"
+FIXED_POLICIES = ("none", "full", "dots", "attention")
+REMAT_POLICIES = (*FIXED_POLICIES, AUTO)
+
+SHOWN = 6  # saved values that a report names
+
+Remat = str | tuple[str, ...]  # a policy, or the tensors of repeated bodies that are saved
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "circular")
 SEVERAL_CHUNKS = ("interleaved", "circular")  # schedules in which a device has several stages
 STACKED = ("gpipe", "circular")  # schedules that one SPMD program of equal stages can follow
@@ -28,7 +34,7 @@ class Training:
     compute: str = "bf16"
     params: str = "f32"
     states: str = "f32"
-    remat: str = "full"
+    remat: Remat = "full"
     accumulation_steps: int = 1
     pipeline_microbatches: int = 1
 
@@ -63,6 +69,14 @@ class Assumed:
     why: str
 
 
+def remat_text(remat: Remat) -> str:
+    """In words; of many values only the last, which are the large ones."""
+    if isinstance(remat, str):
+        return remat
+    more = f" and {len(remat) - SHOWN} more" if len(remat) > SHOWN else ""
+    return f"saving {', '.join(remat[-SHOWN:])}{more}"
+
+
 @dataclass(frozen=True)
 class Model:
     """A forward graph (outputs[0] is the scalar loss) with everything a plan needs to know.
@@ -83,3 +97,9 @@ class Model:
     assumed: tuple[Assumed, ...] = ()
     published_parameters: float | None = None
     digest: str = ""
+
+    def decided(self, remat: Remat | None) -> Model:
+        """The model with this saved for its backward pass; None changes nothing."""
+        if remat is None:
+            return self
+        return replace(self, training=replace(self.training, remat=remat))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from planner.model import Remat
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Spec
 
@@ -26,6 +27,7 @@ class Proof:
 @dataclass(frozen=True)
 class Plan:
     """`choices` by op name (recomputed ops follow their origin), `homes` by home id.
+    `remat` is what is saved for the backward pass, where the model leaves that open.
 
     Of a pipeline: `starts` says where its stages start (see pipelining.pieces), `pieces` has a
     plan for every kind of stage in order, over the axes without the pipeline's; the plan itself
@@ -38,6 +40,7 @@ class Plan:
     proof: Proof
     pieces: tuple[Plan, ...] = ()
     starts: tuple[int, ...] = ()
+    remat: Remat | None = None
 
     @property
     def sizes(self) -> dict[str, int]:

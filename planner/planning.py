@@ -98,7 +98,10 @@ def plan_model(
 
 def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
     """Seconds that no plan's serial time falls below, memory left aside: where the chip does
-    not overlap communication, a bound of the step time. Quick: nothing is solved to the end."""
+    not overlap communication, a bound of the step time. Quick: nothing is solved to the end.
+    Nothing is known of pipelines: 0."""
+    if model.pipeline is not None:
+        return 0.0
     planning = Planning(model, mesh, Options(), model.constraints, None)
     return quick_bound(planning.space.problem(None, []))
 
@@ -124,6 +127,7 @@ def reprice(
     `annotation` is the one the plan was made under. Raises ValueError if it does not belong to
     this model and mesh.
     """
+    model = model.decided(plan.remat)
     return _planning(model, mesh, options, annotation).read(plan)
 
 

@@ -7,7 +7,7 @@ results are shown. `Planned` is what reports and exporters get.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from planner.pins import Annotation, PinError
 from planner.placing import Machine, place
 from planner.planning import (
     Infeasible,
+    NothingFits,
     Options,
     Unsolved,
     plan_model,
@@ -32,8 +33,8 @@ from planner.planning import (
 )
 from planner.progress import Progress
 from planner.result import Result
-from planner.search import shapes
-from planner.search.shapes import IMPOSSIBLE, Trial
+from planner.search import saving
+from planner.search.candidates import IMPOSSIBLE, TOO_LARGE, Trial, search
 from planner.source import Source
 
 
@@ -52,8 +53,9 @@ class Planned:
     """A result and where its model and mesh came from.
 
     `annotation` is what the plan was made under: the model's constraints, or given pins.
-    `explanation` says why nothing fits; empty if something does or nothing had to. `trials` are
-    the mesh shapes that were considered, where more than one was, the best first.
+    `explanation` says why nothing fits; empty if something does or nothing had to. `shapes` are
+    the meshes that were considered, where more than one was, `savings` the choices of what to
+    save for the backward pass, where the model leaves that open; the best first.
     """
 
     source: Source
@@ -62,7 +64,8 @@ class Planned:
     options: Options
     annotation: Annotation
     explanation: tuple[str, ...] = ()
-    trials: tuple[Trial, ...] = ()
+    shapes: tuple[Trial, ...] = ()
+    savings: tuple[Trial, ...] = ()
 
     @property
     def stamp(self) -> Stamp:
@@ -85,20 +88,36 @@ def plan(request: Request, progress: Progress | None = None) -> Planned:
     machine = place(model, request.mesh, request.shape, request.source.folder)
     candidates = machine.meshes()
     try:
-        if len(candidates) == 1:
+        if len(candidates) == 1 and not saving.is_open(model):
             return _plan_one(request, model, machine, candidates[0], progress)
-        trials = shapes.search(model, candidates, request.options, progress)
-        best = trials[0]
-        if best.outcome == IMPOSSIBLE:
-            raise InputError(f"{request.source.file}: constraint {best.explanation[0]}")
-        if best.plan is None:
-            raise Unsolved(f"no plan on any of {len(trials)} mesh shapes")
-        result = reprice(model, best.mesh, best.plan, model.constraints, request.options)
+        return _searched(request, model, machine, candidates, progress)
     except PinError as error:
         raise InputError(f"{request.source.file}: constraint {error}") from None
+
+
+def _searched(
+    request: Request, model: Model, machine: Machine, candidates: Sequence[LogicalMesh],
+    progress: Progress | None,
+) -> Planned:  # fmt: skip
+    """The best mesh, then on it what is best saved for the backward pass, if that is open."""
+    options = request.options
+    shapes: list[Trial] = []
+    savings: list[Trial] = []
+    if len(candidates) > 1:
+        shapes = search(model, [Trial(mesh) for mesh in candidates], options, progress)
+        candidates = [shapes[0].mesh]
+    if saving.is_open(model):
+        savings = search(model, saving.candidates(model, candidates[0]), options, progress)
+    best = (savings or shapes)[0]
+    if best.outcome == IMPOSSIBLE:
+        raise InputError(f"{request.source.file}: {best.explanation[0]}")
+    if best.plan is None:
+        kind = NothingFits if best.outcome == TOO_LARGE else Unsolved
+        raise kind(f"no plan for any of {len(savings or shapes)} candidates")
+    result = reprice(model, best.mesh, best.plan, model.constraints, options)
     return Planned(
-        request.source, machine, result, request.options, model.constraints, best.explanation,
-        tuple(trials),
+        request.source, machine, result, options, model.constraints, best.explanation,
+        tuple(shapes), tuple(savings),
     )  # fmt: skip
 
 

@@ -27,6 +27,19 @@ def size_bytes(text: str) -> int:
     return int(amount)
 
 
+def count(text: str) -> float:
+    """`300e9`, `300B`, `1.5T` → a number."""
+    factor = {"k": 1e3, "M": 1e6, "B": 1e9, "T": 1e12}.get(text.strip()[-1:], 1.0)
+    digits = text.strip()[:-1] if factor != 1.0 else text.strip()
+    try:
+        value = float(digits) * factor
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and value > 0):
+        raise ValueError(f"{text!r}: expected a number such as 300e9, 300B or 1.5T")
+    return value
+
+
 def fraction(text: str) -> float:
     """`5%` or `0.05` → 0.05."""
     percent = text.strip().endswith("%")

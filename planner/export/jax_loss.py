@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from planner.export.jax_ops import OpText, reads, statements
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
+from planner.model import Remat
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
@@ -30,7 +31,7 @@ class LossWriter:
     Shardings come as source text."""
 
     graph: Graph
-    remat: str
+    remat: Remat
     annotated: Collection[str]
     uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
     sums: Mapping[str, str]  # product → its sharding where it is made
@@ -38,6 +39,11 @@ class LossWriter:
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameter_of: dict[str, str] = field(default_factory=dict)  # slice in a body → its parameter
+
+    @property
+    def chooses(self) -> bool:
+        """Whether some values of a body are saved, and not none or all."""
+        return not isinstance(self.remat, str) or self.remat in ("dots", "attention")
 
     def lines(self) -> list[str]:
         """The body of the function, unindented."""
@@ -72,7 +78,7 @@ class LossWriter:
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)
-            if self.remat in ("dots", "attention") and prefix and _saved(op, self.remat, self):
+            if prefix and self.chooses and _saved(op, self.remat, self):
                 code = f'saved({code}, "{self.variables[named[0]]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
         return lines
@@ -157,13 +163,13 @@ class LossWriter:
     def _decorator(self) -> list[str]:
         if self.remat == "none":
             return []
-        if self.remat == "full":
+        if not self.chooses:
             return ["@partial(jax.checkpoint, prevent_cse=False)"]
         return ["@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"]
 
 
-def saved_names(graph: Graph, remat: str, writer: LossWriter) -> list[str]:
-    """Variables that the policies `dots` and `attention` keep for the backward pass."""
+def saved_names(graph: Graph, remat: Remat, writer: LossWriter) -> list[str]:
+    """Variables that are kept for the backward pass where only some are."""
     found = []
     for node in graph.nodes:
         if isinstance(node, Loop):
@@ -173,8 +179,10 @@ def saved_names(graph: Graph, remat: str, writer: LossWriter) -> list[str]:
     return found
 
 
-def _saved(op: Op, remat: str, writer: LossWriter) -> bool:
+def _saved(op: Op, remat: Remat, writer: LossWriter) -> bool:
     """Whether the policy saves the op's result (what derives from parameters alone is redone)."""
+    if not isinstance(remat, str):
+        return not set(remat).isdisjoint(op.outs)
     weights = [_from_parameters(n, writer) for n in op.ins]
     if op.ins and all(weights):
         return False

@@ -16,7 +16,7 @@ from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
 from planner.export.placement import Placement, placement
 from planner.graph.core import Graph, Tensor
-from planner.model import Model, Training
+from planner.model import Model, Training, remat_text
 from planner.result import Result
 from planner.sharding.spec import Spec, replicated
 
@@ -70,7 +70,7 @@ def _header(model: Model, mesh: LogicalMesh) -> list[str]:
         f'"""Training step of {model.name} on {mesh.topology.name}: {mesh.describe()}.',
         "",
         f"Batch {model.training.batch}{micro}, {model.training.optimizer}, "
-        f"rematerialisation: {model.training.remat}.",
+        f"rematerialisation: {remat_text(model.training.remat)}.",
         "Written by shardplan as a starting point; it needs only jax and is yours to change.",
         '"""',
         "",
@@ -189,7 +189,7 @@ def _table(name: str, rows: Mapping[str, str]) -> list[str]:
 
 
 def _saved_source(graph: Graph, training: Training, writer: LossWriter) -> list[str]:
-    if training.remat not in ("dots", "attention"):
+    if not writer.chooses:
         return []
     names = saved_names(graph, training.remat, writer)
     quoted = ", ".join(f'"{n}"' for n in names)

@@ -83,6 +83,7 @@ class _Document(_Strict):
     constraints: dict[str, tuple[tuple[str, ...], ...]]
     predicted: dict[str, Any]
     proof: _Proof
+    remat: str | tuple[str, ...] | None = None
     choices: dict[str, _Choice]
     homes: tuple[_Home, ...]
     pieces: tuple[_Piece, ...] = ()  # of a pipeline: every kind of stage, over the other axes
@@ -136,6 +137,7 @@ def dump(stored: PlanFile) -> str:
                 "status": proof.status, "objective_s": finite(proof.objective_s),
                 "bound_s": finite(proof.bound_s), "gap": finite(proof.gap),
             },
+            "remat": plan.remat,
             **_decisions(plan if not plan.pieces else replace(plan, choices={})),
             **(pieces if plan.pieces else {}),
         }
@@ -188,7 +190,7 @@ def _plan_file(d: _Document, file: str) -> PlanFile:
         _infinite(d.proof.gap),
     )  # fmt: skip
     pieces = tuple(_plan(piece, stamp.axes, proof) for piece in d.pieces)
-    plan = replace(_plan(d, stamp.axes, proof), pieces=pieces, starts=d.starts)
+    plan = replace(_plan(d, stamp.axes, proof), pieces=pieces, starts=d.starts, remat=d.remat)
     source = Source(d.model.argument, d.model.file, d.model.text, d.model.overrides)
     return PlanFile(
         file, stamp, source, d.mesh.argument, d.mesh.text, d.mesh.layout,

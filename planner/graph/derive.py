@@ -17,7 +17,7 @@ from planner.graph.core import Carry, Graph, Loop, Node, Op, Stack, Tensor
 from planner.graph.fuse import fuse_graph, fuse_nodes
 from planner.graph.optimizers import update
 from planner.graph.vjp import VJPS, add_up
-from planner.model import Model, Training
+from planner.model import AUTO, Model, Training
 
 AGAIN = "~"  # suffix of a recomputed tensor
 
@@ -218,8 +218,10 @@ def _differentiate(
     parameters = [n for n in forward.inputs if forward.tensors[n].role == "parameter"]
     back = [n for n in edge.received if n in edge.differentiable]
     targets = [*parameters, *back]
+    remat = settings.remat
+    policy = frozenset(remat) if not isinstance(remat, str) else "full" if remat == AUTO else remat
     backward = Backward(
-        settings.remat, b, forward.nodes, dict.fromkeys(targets), keep, cotangents
+        policy, b, forward.nodes, dict.fromkeys(targets), keep, cotangents
     )
     b.phase = "backward"
     b.nodes = []
@@ -257,7 +259,7 @@ def _bodies(nodes: Iterable[Node]) -> Iterable[Graph]:
 class Backward:
     """Reverse pass over the nodes of one scope, emitting into builder `b`."""
 
-    policy: str
+    policy: str | frozenset[str]  # a set names what is saved
     b: Builder
     nodes: Sequence[Node]
     roots: dict[str, None]  # tensors of this scope whose gradients somebody wants
@@ -511,7 +513,7 @@ class Saved:
             if name in slices:
                 rename[name] = name + AGAIN
                 reads[name] = Stack(slices[name].outer, name + AGAIN)
-            elif name in entries or (name in producers and self._saves(producers[name], cheap)):
+            elif name in entries or self._saves(name, producers.get(name), cheap):
                 rename[name] = name + AGAIN
                 reads[name] = Stack(self._stack(name), name + AGAIN)
             elif name in producers:
@@ -548,10 +550,14 @@ class Saved:
                 found.update(node.outs)
         return found
 
-    def _saves(self, producer: Node, cheap: set[str]) -> bool:
-        if set(producer.outs) <= cheap:
+    def _saves(self, name: str, producer: Node | None, cheap: set[str]) -> bool:
+        if producer is None:
             return False
         policy = self.inner.policy
+        if not isinstance(policy, str):
+            return name in policy
+        if set(producer.outs) <= cheap:
+            return False
         if policy == "none":
             return True
         if self.loop.name == TICKS:

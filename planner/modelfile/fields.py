@@ -110,7 +110,7 @@ class TrainingFields(_Strict):
     params: Literal["f32", "bf16", "f16"] = Field("f32", description="type of stored parameters")
     states: Literal["f32", "bf16"] = Field("f32", description="type of optimizer states")
     remat: Literal[REMAT_POLICIES] = Field(  # type: ignore[valid-type]
-        Training.remat, description="what is recomputed in the backward pass"
+        "full", description="what is recomputed in the backward pass; auto: what is fastest"
     )
     accumulation_steps: Size = Field(1, description="gradient accumulation: parts of the batch")
     pipeline_microbatches: Size = Field(1, description="parts of the batch in a pipeline")

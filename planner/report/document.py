@@ -7,14 +7,16 @@ machine that planned.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from costmodels.summary import collectives
 from planner.annotations import as_lists, axes_by_name
 from planner.export.jsontext import finite
+from planner.model import Remat
 from planner.request import Planned
 from planner.result import Result
-from planner.search.shapes import front
+from planner.search.candidates import Trial, front
 
 SCHEMA_VERSION = 1
 
@@ -50,7 +52,14 @@ def document(planned: Planned) -> dict[str, Any]:
             {"key": a.key, "value": a.value, "low": a.low, "high": a.high, "why": a.why}
             for a in result.model.assumed
         ],
-        "mesh_shapes": _mesh_shapes(planned),
+        "mesh_shapes": [
+            {"axes": dict(t.mesh.axes), "layout": t.mesh.assignment(), **figures}
+            for t, figures in _trials(planned.shapes)
+        ],
+        "remat": _saved(result.model.training.remat),
+        "remat_choices": [
+            {"remat": _saved(t.remat), **figures} for t, figures in _trials(planned.savings)
+        ],
         "notes": list(notes(planned)),
         "explanation": list(planned.explanation),
     }  # fmt: skip
@@ -74,7 +83,7 @@ def notes(planned: Planned) -> tuple[str, ...]:
     found = list(result.notes)
     if planned.machine.shape is None and not planned.machine.every:
         found.append(
-            f"no mesh shape was given: this is the best of {max(1, len(planned.trials))} automatic "
+            f"no mesh shape was given: this is the best of {max(1, len(planned.shapes))} automatic "
             "ones; --shape auto tries all"
         )
     published = result.model.published_parameters
@@ -92,17 +101,19 @@ def _mesh(result: Result) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _mesh_shapes(planned: Planned) -> list[dict[str, Any]]:
-    """The candidates of a search, the best first."""
-    best = front(planned.trials)
-    return [
-        {
-            "axes": dict(t.mesh.axes), "layout": t.mesh.assignment(), "outcome": t.outcome,
-            "step_time_s": finite(t.step_time_s), "peak_bytes": t.peak_bytes,
-            "bound_s": finite(t.bound_s), "front": t in best,
-        }
-        for t in planned.trials
-    ]  # fmt: skip
+def _trials(trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, Any]]]:
+    """The candidates of a search with their figures, the best first."""
+    best = front(trials)
+    for t in trials:
+        yield t, {
+            "outcome": t.outcome, "step_time_s": finite(t.step_time_s),
+            "peak_bytes": t.peak_bytes, "bound_s": finite(t.bound_s), "front": t in best,
+        }  # fmt: skip
+
+
+def _saved(remat: Remat | None) -> str | list[str] | None:
+    """A policy's name, or the values that are saved for the backward pass."""
+    return list(remat) if isinstance(remat, tuple) else remat
 
 
 def _solver(result: Result) -> dict[str, Any]:

@@ -15,17 +15,18 @@ from rich.text import Text
 
 from costmodels.summary import collectives
 from planner.annotations import Annotated, annotated
+from planner.model import remat_text
 from planner.report import amounts
 from planner.report.document import notes
 from planner.report.tables import table
 from planner.request import Planned, Sensitivity
 from planner.result import Result
-from planner.search.shapes import FITS, Trial, front, shape_text
+from planner.search.candidates import FITS, Trial, front
 
 TOP_COLLECTIVES = 8
 MAIN_ACTIVATIONS = 12
 LARGEST_TENSORS = 8
-TOP_SHAPES = 12
+TOP_TRIALS = 12
 
 
 def report(planned: Planned, command: str | None, sensitivity: Sequence[Sensitivity] = ()) -> Group:
@@ -49,9 +50,12 @@ def _parts(
     yield from _shardings(result)
     yield Text()
     yield _collectives(result)
-    if planned.trials:
+    if planned.shapes:
         yield Text()
-        yield from _mesh_shapes(planned.trials)
+        yield from _trials("mesh shapes", planned.shapes)
+    if planned.savings:
+        yield Text()
+        yield from _trials("saved for the backward pass", planned.savings)
     if result.model.assumed:
         yield Text()
         yield from _assumed(result, sensitivity)
@@ -66,7 +70,8 @@ def _about(result: Result) -> str:
     training = result.model.training
     words = [
         f"{result.model.name}: {amounts.count(result.graph.parameter_count)} parameters",
-        f"batch {training.batch}", training.optimizer, training.compute, f"remat {training.remat}",
+        f"batch {training.batch}", training.optimizer, training.compute,
+        f"remat {remat_text(training.remat)}",
     ]  # fmt: skip
     if training.accumulation_steps > 1:
         words.append(f"{training.accumulation_steps} accumulation steps")
@@ -176,21 +181,21 @@ def _collectives(result: Result) -> Table:
     return found
 
 
-def _mesh_shapes(trials: Sequence[Trial]) -> Iterator[RenderableType]:
-    """The candidates, those marked that no other beats in both step time and memory."""
+def _trials(title: str, trials: Sequence[Trial]) -> Iterator[RenderableType]:
+    """Candidates, those marked that no other beats in both step time and memory."""
     best = front(trials)
-    found = table("mesh shapes", "step", "peak", "", "layout", right=("step", "peak"))
-    for t in trials[:TOP_SHAPES]:
+    found = table(title, "step", "peak", "", "which is", right=("step", "peak"))
+    for t in trials[:TOP_TRIALS]:
         step = amounts.seconds(t.step_time_s) if t.plan else f"≥ {amounts.seconds(t.bound_s)}"
         found.add_row(
-            shape_text(t.mesh), step if t.bound_s < float("inf") else "",
+            Text(t.name), step if t.bound_s < float("inf") else "",
             "" if t.peak_bytes is None else amounts.size(t.peak_bytes),
             "front" if t in best else "" if t.outcome == FITS else t.outcome,
-            Text(t.mesh.assignment()),
+            Text(t.mesh.assignment() if t.remat is None else remat_text(t.remat)),
         )  # fmt: skip
     yield found
     yield Text("front: no other is both faster and smaller")
-    outcomes = Counter(t.outcome for t in trials[TOP_SHAPES:])
+    outcomes = Counter(t.outcome for t in trials[TOP_TRIALS:])
     if outcomes:
         yield Text("and " + ", ".join(f"{n} more {what}" for what, n in outcomes.items()))
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from typing import Protocol, TypeVar
 
 Given = TypeVar("Given")
@@ -32,8 +32,9 @@ def _nobody(index: int, made: object) -> None:
 
 @contextmanager
 def processes(calls: int) -> Iterator[Spread]:
-    """For about `calls` calls at a time: on as many processes as there are cores for them."""
-    workers = min(_cores(), calls)
+    """For about `calls` calls at a time: on as many processes as there are cores for them. What
+    runs in such a process itself gets no more."""
+    workers = 1 if parent_process() is not None else min(_cores(), calls)
     if workers <= 1:
         yield in_turn
         return

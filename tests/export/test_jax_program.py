@@ -21,7 +21,7 @@ from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
-from planner.model import OPTIMIZERS, Model, Pipeline
+from planner.model import OPTIMIZERS, Model, Pipeline, Remat
 from planner.sharding.spec import Spec
 from planner.values import reference
 
@@ -95,8 +95,10 @@ def test_every_op_and_layer(case: str) -> None:
     check_gradients(support.model(support.CASES[case]))
 
 
-@pytest.mark.parametrize("remat", ["none", "full", "dots", "attention"])
-def test_remat_policies_change_no_gradient(remat: str) -> None:
+@pytest.mark.parametrize(
+    "remat", ["none", "full", "dots", "attention", ("layers.q", "layers.h", "layers.ln1.out")]
+)
+def test_remat_policies_change_no_gradient(remat: Remat) -> None:
     check_gradients(support.transformer(remat=remat))
 
 

@@ -1,10 +1,12 @@
-"""Which logical mesh is best: every candidate bounded or planned, and what became of each.
+"""Which candidate is best: every one bounded or planned, and what became of each.
+
+Candidates differ in the logical mesh, or in what is saved for the backward pass.
 
 Where the chip does not overlap communication and computation, the surrogate's bound is one of
 the step time. Candidates then are planned in the order of their bounds until no bound leaves
-room for a faster plan. Where it does, the bound only says where to look first: candidates of
-one and two axes are all planned, those of three in order of promise, until several in a row
-bring nothing.
+room for a faster plan. Where it does, the bound only says where to look first: ordinary candidates
+(meshes of one and two axes, fixed policies) are all planned, the others in order of promise, until
+several in a row bring nothing.
 
 Candidates are planned in batches of a fixed size, so the answer does not depend on how many
 processes share the work.
@@ -18,8 +20,9 @@ from math import inf, isfinite
 from time import monotonic
 
 from meshes import LogicalMesh
-from planner.model import Model
+from planner.model import Model, Remat
 from planner.pins import PinError
+from planner.pipelining.pieces import PipelineError
 from planner.plan import Plan
 from planner.planning import (
     Infeasible,
@@ -36,11 +39,11 @@ from planner.search.pool import Spread, processes
 
 BATCH = 4
 SAME = 1e-3  # step times that differ by less are equal
-ALWAYS_PLANNED_AXES = 2
+ORDINARY_AXES = 2
 PATIENCE = 8  # candidates in a row that may fail to be faster
 FALLBACKS = 5  # candidates of which the plan of least memory is sought if nothing fits
 FITS, TOO_LARGE, UNSOLVED, SLOWER, LEFT_OUT, IMPOSSIBLE = (
-    "fits", "does not fit", "no plan in time", "slower", "left out", "constraints impossible",
+    "fits", "does not fit", "no plan in time", "slower", "left out", "impossible",
 )  # fmt: skip
 
 
@@ -50,12 +53,26 @@ class Trial:
     the plan of least memory, if one was sought."""
 
     mesh: LogicalMesh
-    bound_s: float
+    remat: Remat | None = None
+    bound_s: float = 0.0
     outcome: str = LEFT_OUT
     step_time_s: float = inf
     peak_bytes: int | None = None
     plan: Plan | None = None
     explanation: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """A shape as --shape takes it, or what is saved in short."""
+        if self.remat is None:
+            return ",".join(f"{name}={size}" for name, size in self.mesh.axes)
+        return self.remat if isinstance(self.remat, str) else f"{len(self.remat)} values"
+
+    @property
+    def ordinary(self) -> bool:
+        if self.remat is not None:
+            return isinstance(self.remat, str)
+        return len(self.mesh.axes) <= ORDINARY_AXES
 
 
 @dataclass(frozen=True)
@@ -68,7 +85,7 @@ class _Call:
 
 
 def search(
-    model: Model, candidates: Sequence[LogicalMesh], options: Options,
+    model: Model, candidates: Sequence[Trial], options: Options,
     progress: Progress | None = None,
 ) -> list[Trial]:  # fmt: skip
     """All candidates, the best first: those that fit by step time, then the rest by bound.
@@ -110,27 +127,27 @@ class _Search:
     options: Options
     spread: Spread
     progress: Progress | None
-    candidates: Sequence[LogicalMesh] = ()
+    candidates: Sequence[Trial] = ()
     trials: list[Trial] = field(default_factory=list)
     settled: dict[int, Trial] = field(default_factory=dict)
     best_s: float = inf
     began: float = field(default_factory=monotonic)
 
-    def run(self, candidates: Sequence[LogicalMesh]) -> list[Trial]:
+    def run(self, candidates: Sequence[Trial]) -> list[Trial]:
         self.candidates = candidates
         self.trials = self._bounded()
         order = sorted(range(len(self.trials)), key=lambda i: self.trials[i].bound_s)
-        few = [i for i in order if len(self.trials[i].mesh.axes) <= ALWAYS_PLANNED_AXES]
+        few = [i for i in order if self.trials[i].ordinary]
         more = [i for i in order if i not in few]
         self._plan(few, patience=len(few))
         self._plan(more, patience=PATIENCE)
         found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
-        if not any(t.outcome == FITS for t in found):
+        if self.options.least_memory and not any(t.outcome == FITS for t in found):
             found = self._least_memory(found)
         return found
 
     def _bounded(self) -> list[Trial]:
-        calls = [_Call(self.model, Trial(mesh, 0.0), self.options) for mesh in self.candidates]
+        calls = [_Call(self.model, trial, self.options) for trial in self.candidates]
         return self._each(_bound, calls, "bounding")
 
     def _plan(self, order: Sequence[int], patience: int) -> None:
@@ -194,38 +211,42 @@ class _Search:
             if self.progress is not None:
                 best = f", best {amounts.seconds(self.best_s)}" if isfinite(self.best_s) else ""
                 share = (len(self.settled) + done) / (2 * len(self.candidates))
-                self.progress(f"{what} {shape_text(trial.mesh)}{best}", share)
+                self.progress(f"{what} {trial.name}{best}", share)
 
         return self.spread(function, calls, tell)
 
 
-def shape_text(mesh: LogicalMesh) -> str:
-    """As --shape takes it."""
-    return ",".join(f"{name}={size}" for name, size in mesh.axes)
-
-
 def _bound(call: _Call) -> Trial:
+    model = call.model.decided(call.trial.remat)
     try:
-        return replace(call.trial, bound_s=surrogate_bound(call.model, call.trial.mesh))
+        return replace(call.trial, bound_s=surrogate_bound(model, call.trial.mesh))
     except PinError as error:
-        return replace(call.trial, outcome=IMPOSSIBLE, bound_s=inf, explanation=(str(error),))
+        return _impossible(call.trial, f"constraint {error}")
 
 
 def _plan(call: _Call) -> Trial:
+    model = call.model.decided(call.trial.remat)
     try:
-        result = plan_model(call.model, call.trial.mesh, call.options)
+        result = plan_model(model, call.trial.mesh, call.options)
     except Infeasible as error:
         return _told(call.trial, TOO_LARGE, error.result, error.explanation)
     except NothingFits:
         return replace(call.trial, outcome=TOO_LARGE)
     except Unsolved as error:
         return replace(call.trial, outcome=UNSOLVED, explanation=(str(error),))
+    except PipelineError as error:
+        return _impossible(call.trial, str(error))
     return _told(call.trial, FITS, result)
+
+
+def _impossible(trial: Trial, why: str) -> Trial:
+    return replace(trial, outcome=IMPOSSIBLE, bound_s=inf, explanation=(why,))
 
 
 def _told(trial: Trial, outcome: str, result: Result, explanation: tuple[str, ...] = ()) -> Trial:
     """What goes back to the caller's process: the plan and its figures, not its program."""
     return replace(
         trial, outcome=outcome, step_time_s=result.timing.step_time_s,
-        peak_bytes=result.memory.peak_bytes, plan=result.plan, explanation=explanation,
+        peak_bytes=result.memory.peak_bytes, plan=replace(result.plan, remat=trial.remat),
+        explanation=explanation,
     )  # fmt: skip
