@@ -4,7 +4,8 @@ Only the order of the phases and how time is shared among them belong here.
 
 1. Multipliers and messages (`lagrangian`) until a choice fits and a share of the time is gone.
 2. If the problem is small, branch and bound to the end (`exact`).
-3. Choices of the dual at various prices are merged exactly (`merging`), neighbourhoods of the
+3. If it is very large, the same search on the strategies that matter (`focus`), a few times.
+4. Choices of the dual at various prices are merged exactly (`merging`), neighbourhoods of the
    incumbent solved exactly (`lns`), while the dual goes on.
 """
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 
 from planner.ilp import exact
 from planner.ilp.clock import Clock
+from planner.ilp.focus import narrow
 from planner.ilp.lagrangian import Dual
 from planner.ilp.lns import Neighbourhoods
 from planner.ilp.merging import Pool
@@ -43,6 +45,12 @@ MARGIN_SHARE = 0.3
 """Neighbourhoods leave out strategies whose regret exceeds this share of the gap."""
 GUIDE_EVERY = 40
 """Steps between two looks at the dual's regrets."""
+LARGE_CELLS = 4_000_000
+"""Matrix entries from which the search looks at the strategies that matter only."""
+FOCUS_CELLS = 1_500_000
+"""Entries of such a cut: a round of the dual takes a fraction of a second."""
+FOCUS_SHARES = (0.35, 0.5, 1.0)
+"""Parts of the time left that one cut gets before what matters is looked up again."""
 NEIGHBOURHOOD_EVERY = 3
 """Every so many steps a neighbourhood follows the merge."""
 MEMORY_FIRST = 1e-3
@@ -64,6 +72,7 @@ class Anytime:
     bound: float = -np.inf
     status: str = "stopped"
     inner: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+    dual: Dual | None = None
 
     def run(self) -> exact.Search:
         """Until optimal, infeasible or out of time; the choice is expanded."""
@@ -93,7 +102,8 @@ class Anytime:
             self._first(dual)
         if small and self._exact(self.clock.share(EXACT_SHARE)):
             return
-        dual = Dual(self.work) if dual is None else dual
+        dual = dual or self.dual or Dual(self.work)
+        self.dual = dual
         self._ascend(dual)
         if dual.choice is None and self.choice is None:
             self._memory_first()
@@ -101,7 +111,10 @@ class Anytime:
             return
         if small and self.clock.limited and self._exact(self.clock.share(EXACT_SHARE)):
             return
-        self._improve(dual)
+        if cells(self.work) > LARGE_CELLS:
+            self._focus(dual)
+        else:
+            self._improve(dual)
 
     # ---- phases -----------------------------------------------------------------------------
 
@@ -150,6 +163,32 @@ class Anytime:
             dual.step()
         if dual.choice is not None:
             self.take_inner(dual.choice, self.work.price(dual.choice), -np.inf)
+
+    def _focus(self, dual: Dual) -> None:
+        """The search on what the dual regrets least; the dual then follows to its prices."""
+        for share in FOCUS_SHARES:
+            if self.clock.over() or self._closed():
+                return
+            _, regret = dual.regrets()
+            self.take(None, np.inf, dual.bound)
+            cut = narrow(self.work, regret, [self.inner], FOCUS_CELLS)
+            part = Anytime(
+                cut.work, self.clock.share(share), self.seed, self.work_limit, self._from_cut,
+                try_exact=False,
+            )  # fmt: skip
+            part.inner = cut.inside(self.inner)
+            part.choice, part.cost = self.inner, self.cost
+            part.dual = Dual(cut.work)
+            part.dual.follow(dual)
+            part.run()
+            dual.follow(part.dual)
+            dual.step()
+            self.take_dual(dual)
+
+    def _from_cut(self, cost: float, bound: float, choice: Ints | None) -> None:
+        """News of a search on a cut, whose bounds hold for the cut only."""
+        if choice is not None:
+            self.take_inner(choice, cost, -np.inf)
 
     def _improve(self, dual: Dual) -> None:
         """Dual rounds, merges and neighbourhoods in turn; each gets time as it succeeds."""

@@ -74,6 +74,13 @@ class Dual:
         self.stalled = 0
         self.unit = self.work.limit if np.isfinite(self.work.limit) and self.work.limit > 0 else 1.0
 
+    def follow(self, other: Dual) -> None:
+        """Goes on from the prices of another dual over the same time points."""
+        self.prices = other.best_prices.copy()
+        self.best_prices = other.best_prices.copy()
+        self.extra = other.extra.copy()
+        self.distance, self.stalled, self.average = other.distance, 0, None
+
     # ---- one round --------------------------------------------------------------------------
 
     def step(self) -> None:
