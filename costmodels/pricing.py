@@ -56,7 +56,7 @@ def move_seconds(
     mesh: LogicalMesh, kind: str, axes: tuple[str, ...], payload_bytes: float
 ) -> float:
     """Time of one collective of `payload_bytes` (see Collective) over `axes`."""
-    if kind not in MOVES:
+    if kind not in (*MOVES, "shift"):
         return 0.0  # local slices and masks fuse into their readers
     return float(collective_seconds(mesh, kind, axes, payload_bytes))
 
@@ -80,14 +80,17 @@ class Prices:
 
     def seconds(self, instruction: Instruction) -> float:
         if isinstance(instruction, Compute):
-            return self._kernel(instruction.kernel)
-        key = (instruction.kind, instruction.axes, instruction.bytes)
+            return self.kernel(instruction.kernel)
+        return self.move(instruction.pattern, instruction.axes, instruction.bytes)
+
+    def move(self, kind: str, axes: tuple[str, ...], payload_bytes: int) -> float:
+        key = (kind, axes, payload_bytes)
         found = self._moves.get(key)
         if found is None:
             found = self._moves[key] = move_seconds(self.mesh, *key)
         return found
 
-    def _kernel(self, kernel: Kernel) -> float:
+    def kernel(self, kernel: Kernel) -> float:
         key = (kernel.matmul, kernel.dtype, kernel.bytes, kernel.vector_flops)
         found = self._kernels.get(key)
         if found is None:

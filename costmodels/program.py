@@ -92,10 +92,17 @@ class Collective:
     reduce: str = "sum"
     tensor: str = ""
     phase: str = "forward"
+    shift: int = 0
+    width: int = 0
 
     @property
     def ins(self) -> tuple[int, ...]:
         return (self.source,)
+
+    @property
+    def pattern(self) -> str:
+        """What its price depends on: `kind`, or `shift` where only neighbours exchange."""
+        return "shift" if self.shift else self.kind
 
     @property
     def outs(self) -> tuple[int, ...]:

@@ -34,6 +34,7 @@ from planner.tying import tied_annotation, tied_meshes, untied
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
 WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
+ENOUGH_GAP = 0.001  # differences of simulated times below this are noise
 LEAST_TIME_S = 1.0  # given to a solve that starts late
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
@@ -259,7 +260,7 @@ class _Planning:
         self.say(f"solving for {problem.size} decisions")
         return solve(
             problem, backend=self.options.backend, time_limit=self.time_left(),
-            work_limit=WORK_LIMIT, seed=self.options.seed,
+            work_limit=WORK_LIMIT, seed=self.options.seed, gap=ENOUGH_GAP,
         )  # fmt: skip
 
     def time_left(self) -> float | None:

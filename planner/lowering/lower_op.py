@@ -10,13 +10,14 @@ from costmodels.program import ITEM_BYTES, Kernel
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, volume
 from planner.graph.core import Dims, Op, Rule, Tensor
+from planner.lowering.halo import local_op
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Sizes
 
 
 def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes) -> Kernel:
     """The kernel that one device runs; `offsets` names the axes that split each factor."""
-    local = choice.local(op, sizes)
+    local = local_op(op, choice, sizes)
     offsets = {
         f.name: axes for f, axes in zip(op.rule.factors, choice.split, strict=True) if axes
     }

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from meshes.yamltree import parse
+from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
-from planner.model import Assumed, Model, Training
+from planner.model import Assumed, Model, Pipeline, Training
 from planner.modelfile import ModelErrors, load_file, load_model, schema
 from planner.modelfile.scalars import plain_data
 from planner.values import reference
@@ -71,9 +72,7 @@ def test_design_example_computes_what_it_says() -> None:
 def test_training_step_descends_along_the_gradient(name: str, remat: str) -> None:
     """What SGD subtracts is the slope of the loss in a random direction, by finite differences."""
     small = SMALL if name == "design" else ()
-    step = training_step(
-        load(name, (*small, f"training.remat={remat}", "training.optimizer=sgd"))
-    )
+    step = training_step(load(name, (*small, f"training.remat={remat}", "training.optimizer=sgd")))
     inputs = reference.random_inputs(step)
     rng = np.random.default_rng(1)
     direction = {old: rng.normal(size=inputs[old].shape) for old in step.aliases.values()}
@@ -326,3 +325,72 @@ def _object_mismatch(part: Any, value: Any, root: Any, path: str) -> str:
         if found:
             return found
     return ""
+
+
+# ---- layers of a named architecture in a graph of one's own --------------------------------------
+
+WRITTEN_OUT = """
+dims: {B: 2, S: 3, D: 8, V: 7}
+training: {batch: B, optimizer: sgd, remat: REMAT}
+graph:
+  inputs: {tokens: "i32[B, S]", targets: "i32[B, S]"}
+  params: {embed: "[V, D]", ln_f: "[D]"}
+  ops:
+    - x = gather(embed, tokens)
+    - architecture: {kind: KIND, name: layers, carry: x, layers: 2, SETTINGS}
+    - x = rms_norm(x, ln_f)
+    - loss = cross_entropy(einsum("B S D, V D -> B S V", x, embed), targets)
+"""
+NAMED = """
+training: {batch: 2, optimizer: sgd, remat: REMAT}
+architecture: {kind: KIND, layers: 2, d_model: 8, vocab: 7, sequence: 3, SETTINGS}
+"""
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("decoder", "heads: 2, norm: rms"), ("encoder", "heads: 2, norm: rms, gated: true"),
+     ("moe-decoder", "heads: 2, norm: rms, experts: 4, moe_every: 2")],
+)  # fmt: skip
+def test_layers_in_a_graph_are_those_of_the_architecture(
+    kind: str, settings: str, remat: str
+) -> None:
+    """The whole training step is the same: every value that it computes."""
+
+
+    def step_of(text: str) -> Graph:
+        filled = text.replace("KIND", kind).replace("SETTINGS", settings)
+        return training_step(load_model(filled.replace("REMAT", remat), "m.yaml"))
+
+    mixed, named = step_of(WRITTEN_OUT), step_of(NAMED)
+    assert set(mixed.outputs) == set(named.outputs)
+    inputs = reference.random_inputs(named)
+    got, wanted = (reference.evaluate(step, inputs) for step in (mixed, named))
+    for name in named.outputs:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-9, err_msg=name)
+
+
+PIPELINED = "training: {batch: 64, pipeline_microbatches: 8}\n" + ARCHITECTURE
+
+
+def test_a_pipelines_graph_is_for_one_microbatch() -> None:
+    model = load_model(PIPELINED + "pipeline: {axis: pipe}\n", "m.yaml")
+    assert model.pipeline == Pipeline("pipe", "1f1b", 1, inside=True)
+    assert model.graph.tensors["tokens"].shape[0] == 8
+    plain = load_model("training: {batch: 64}\n" + ARCHITECTURE, "m.yaml")
+    assert model.tokens == plain.tokens
+    assert model.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        ("{axis: p, schedule: interleaved}", Pipeline("p", "interleaved", 2)),
+        ("{axis: p, schedule: interleaved, interleave: 3}", Pipeline("p", "interleaved", 3)),
+        ("{axis: p, schedule: gpipe}", Pipeline("p", "gpipe", 1, inside=False)),
+        ("{axis: p, schedule: circular, inside: false}", Pipeline("p", "circular", 2, False)),
+    ],
+)
+def test_what_a_schedule_says_need_not_be_said(block: str, wanted: Pipeline) -> None:
+    assert load_model(f"{PIPELINED}pipeline: {block}\n", "m.yaml").pipeline == wanted
