@@ -2,10 +2,9 @@
 
 Only the order of the phases and how time is shared among them belong here.
 
-1. Multipliers and messages (`lagrangian`) until a choice fits and a share of the time is gone.
+1. Multipliers and messages (`lagrangian`) until a choice fits and prices have settled.
 2. If the problem is small, branch and bound to the end (`exact`).
-3. If it is very large, the same search on the strategies that matter (`focus`), a few times.
-4. Choices of the dual at various prices are merged exactly (`merging`), neighbourhoods of the
+3. Choices of the dual at various prices are merged exactly (`merging`), neighbourhoods of the
    incumbent solved exactly (`lns`), while the dual goes on.
 """
 
@@ -17,12 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.ilp import exact
+from planner.ilp import exact, partner
 from planner.ilp.clock import Clock
-from planner.ilp.focus import narrow
 from planner.ilp.lagrangian import Dual
 from planner.ilp.lns import Neighbourhoods
 from planner.ilp.merging import Pool
+from planner.ilp.partner import Partner
 from planner.ilp.work import Infeasible, Work
 
 Ints = NDArray[np.int64]
@@ -30,8 +29,10 @@ Progress = Callable[[float, float], None]
 
 SMALL_CELLS = 500_000
 """Finite matrix entries up to which branch and bound is worth trying on the whole."""
-DUAL_SHARE = 0.15
+DUAL_SHARE = 0.4
 """Part of the time that the first ascent may take once a choice fits."""
+NEAR = 0.005
+"""The first ascent ends when its target has come within this share of the bound."""
 FIRST_SHARE = 0.1
 """Part of the time in which the dual seeks a first choice before branch and bound."""
 PATIENCE_SHARE = 0.5
@@ -45,12 +46,6 @@ MARGIN_SHARE = 0.3
 """Neighbourhoods leave out strategies whose regret exceeds this share of the gap."""
 GUIDE_EVERY = 40
 """Steps between two looks at the dual's regrets."""
-LARGE_CELLS = 4_000_000
-"""Matrix entries from which the search looks at the strategies that matter only."""
-FOCUS_CELLS = 1_500_000
-"""Entries of such a cut: a round of the dual takes a fraction of a second."""
-FOCUS_SHARES = (0.35, 0.5, 1.0)
-"""Parts of the time left that one cut gets before what matters is looked up again."""
 NEIGHBOURHOOD_EVERY = 3
 """Every so many steps a neighbourhood follows the merge."""
 MEMORY_FIRST = 1e-3
@@ -71,12 +66,13 @@ class Anytime:
     gap: float = 0.0
     report: Callable[[float, float, Ints | None], None] | None = None
     try_exact: bool = True
+    pair: bool = False
+    """Whether a second process may help."""
     choice: Ints | None = None
     cost: float = np.inf
     bound: float = -np.inf
     status: str = "stopped"
     inner: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
-    dual: Dual | None = None
 
     def run(self) -> exact.Search:
         """Until optimal, infeasible or out of time; the choice is expanded."""
@@ -102,12 +98,11 @@ class Anytime:
         dual = None
         if small and self.clock.limited:
             # Branch and bound may find nothing for long: there must be something to write.
-            dual = Dual(self.work)
+            dual = Dual(self.work, self.clock)
             self._first(dual)
         if small and self._exact(self.clock.share(EXACT_SHARE)):
             return
-        dual = dual or self.dual or Dual(self.work)
-        self.dual = dual
+        dual = Dual(self.work, self.clock) if dual is None else dual
         self._ascend(dual)
         if dual.choice is None and self.choice is None:
             self._memory_first()
@@ -115,10 +110,7 @@ class Anytime:
             return
         if small and self.clock.limited and self._exact(self.clock.share(EXACT_SHARE)):
             return
-        if cells(self.work) > LARGE_CELLS:
-            self._focus(dual)
-        else:
-            self._improve(dual)
+        self._improve(dual)
 
     # ---- phases -----------------------------------------------------------------------------
 
@@ -158,12 +150,12 @@ class Anytime:
                 return
             if self._bounded and dual.rounds >= rounds:
                 return
-            if share.over() and self.choice is not None and self.clock.limited:
+            if self.choice is not None and (share.over() or dual.distance < NEAR):
                 return
 
     def _memory_first(self) -> None:
         """A choice that fits, at hardly any regard for cost."""
-        dual = Dual(self.work.weighted(MEMORY_FIRST))
+        dual = Dual(self.work.weighted(MEMORY_FIRST), self.clock)
         for _ in range(10 * DUAL_ROUNDS):
             if self.clock.over() or dual.choice is not None:
                 break
@@ -171,38 +163,27 @@ class Anytime:
         if dual.choice is not None:
             self.take_inner(dual.choice, self.work.price(dual.choice), -np.inf)
 
-    def _focus(self, dual: Dual) -> None:
-        """The search on what the dual regrets least; the dual then follows to its prices."""
-        for share in FOCUS_SHARES:
-            if self.clock.over() or self._closed():
-                return
-            _, regret = dual.regrets()
-            self.take(None, np.inf, dual.bound)
-            cut = narrow(self.work, regret, [self.inner], FOCUS_CELLS)
-            part = Anytime(
-                cut.work, self.clock.share(share), self.seed, self.work_limit, self._from_cut,
-                try_exact=False,
-            )  # fmt: skip
-            part.inner = cut.inside(self.inner)
-            part.choice, part.cost = self.inner, self.cost
-            part.dual = Dual(cut.work)
-            part.dual.follow(dual)
-            part.run()
-            dual.follow(part.dual)
-            dual.step()
-            self.take_dual(dual)
-
-    def _from_cut(self, cost: float, bound: float, choice: Ints | None) -> None:
-        """News of a search on a cut, whose bounds hold for the cut only."""
-        if choice is not None:
-            self.take_inner(choice, cost, -np.inf)
-
     def _improve(self, dual: Dual) -> None:
-        """Dual rounds, merges and neighbourhoods in turn; each gets time as it succeeds."""
-        rng = np.random.default_rng(self.seed)
+        """Dual rounds, merges and neighbourhoods in turn, with a partner where there is one."""
+        moves = self._moves(dual)
+        alone = not (self.pair and self.clock.limited and partner.possible())
+        if alone or self.clock.over():
+            self._rounds(moves, None)
+            return
+        with partner.beside(self.work.original, lambda other: self._second(moves, other)) as other:
+            self._rounds(moves, other)
+
+    def _moves(self, dual: Dual) -> Moves:
         state = Neighbourhoods(self.work, dual.profile, self.inner, self.cost, self.seed)
-        pool = Pool(self.work, dual, rng)
-        moves = Moves(self, dual, state, pool)
+        return Moves(self, dual, state, Pool(self.work, dual, np.random.default_rng(self.seed)))
+
+    def _second(self, moves: Moves, other: Partner) -> None:
+        """What the partner does: the same by other random numbers, without a word to anybody."""
+        self.report = None
+        moves.reseed(self.seed + 1)
+        self._rounds(moves, other)
+
+    def _rounds(self, moves: Moves, other: Partner | None) -> None:
         limit = SEARCH_STEPS if self.work_limit is None else self.work_limit
         steps = 0
         while not self.clock.over() and not self._closed():
@@ -210,6 +191,10 @@ class Anytime:
                 return
             moves.step(steps)
             steps += 1
+            if other is not None:
+                if other.orphaned():
+                    return
+                moves.exchange(other)
 
     # ---- bookkeeping ------------------------------------------------------------------------
 
@@ -256,6 +241,22 @@ class Moves:
     dual: Dual
     state: Neighbourhoods
     pool: Pool
+    shown: float = np.inf
+
+    def reseed(self, seed: int) -> None:
+        self.state.rng = np.random.default_rng(seed)
+        self.pool.rng = np.random.default_rng(seed)
+
+    def exchange(self, other: Partner) -> None:
+        """Shows the incumbent if it is new; what the other shows is merged at once."""
+        news = other.news()
+        if news is not None:
+            self.pool.add(news)
+            if self.state.over(*self.pool.pair(self.state.choice, news), self.search.clock):
+                self.search.take_inner(self.state.choice, self.state.cost, self.search.bound)
+        if self.state.cost < self.shown:
+            self.shown = self.state.cost
+            other.show(self.state.choice)
 
     def step(self, number: int) -> None:
         """A dual round or a harvest feeds the pool, a merge uses it; at times a neighbourhood."""
