@@ -10,8 +10,10 @@ Only the order of the phases and how time is shared among them belong here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +37,7 @@ NEAR = 0.005
 """The first ascent ends when its target has come within this share of the bound."""
 FIRST_SHARE = 0.1
 """Part of the time in which the dual seeks a first choice before branch and bound."""
-PATIENCE_SHARE = 0.5
+PATIENCE_SHARE = 0.3
 """Part of the time after which a choice is sought by putting memory first."""
 EXACT_SHARE = 0.5
 DUAL_ROUNDS = 150
@@ -103,14 +105,16 @@ class Anytime:
         if small and self._exact(self.clock.share(EXACT_SHARE)):
             return
         dual = Dual(self.work, self.clock) if dual is None else dual
-        self._ascend(dual)
-        if dual.choice is None and self.choice is None:
-            self._memory_first()
-        if self.choice is None:
-            return
-        if small and self.clock.limited and self._exact(self.clock.share(EXACT_SHARE)):
-            return
-        self._improve(dual)
+        if small and self.clock.limited:
+            self._ascend(dual, None)
+            if self.choice is not None and self._exact(self.clock.share(EXACT_SHARE)):
+                return
+        with self._company(dual) as other:
+            self._ascend(dual, other)
+            if self.choice is None:
+                self._memory_first(dual, other)
+            if self.choice is not None:
+                self._improve(self._moves(dual), other)
 
     # ---- phases -----------------------------------------------------------------------------
 
@@ -140,50 +144,78 @@ class Anytime:
             dual.step()
         self.take_dual(dual)
 
-    def _ascend(self, dual: Dual) -> None:
+    def _ascend(self, dual: Dual, other: Partner | None) -> None:
         share, patience = self.clock.share(DUAL_SHARE), self.clock.share(PATIENCE_SHARE)
         rounds = DUAL_ROUNDS if self.work_limit is None else min(self.work_limit, DUAL_ROUNDS)
-        while not patience.over():
+        while not (patience if self.choice is None else share).over():
             dual.step()
             self.take_dual(dual)
+            self._talk(dual, other)
             if self._closed():
                 return
             if self._bounded and dual.rounds >= rounds:
                 return
-            if self.choice is not None and (share.over() or dual.distance < NEAR):
+            if self.choice is not None and dual.distance < NEAR:
                 return
 
-    def _memory_first(self) -> None:
+    def _memory_first(self, dual: Dual, other: Partner | None) -> None:
         """A choice that fits, at hardly any regard for cost."""
-        dual = Dual(self.work.weighted(MEMORY_FIRST), self.clock)
+        cheap = Dual(self.work.weighted(MEMORY_FIRST), self.clock)
         for _ in range(10 * DUAL_ROUNDS):
-            if self.clock.over() or dual.choice is not None:
-                break
-            dual.step()
-        if dual.choice is not None:
-            self.take_inner(dual.choice, self.work.price(dual.choice), -np.inf)
+            if self.clock.over() or self.choice is not None:
+                return
+            if other is not None and other.orphaned():
+                return
+            cheap.step()
+            if cheap.choice is not None:
+                self.adopt(cheap.choice, dual)
+            self._talk(dual, other)
 
-    def _improve(self, dual: Dual) -> None:
-        """Dual rounds, merges and neighbourhoods in turn, with a partner where there is one."""
-        moves = self._moves(dual)
-        alone = not (self.pair and self.clock.limited and partner.possible())
-        if alone or self.clock.over():
-            self._rounds(moves, None)
+    @contextlib.contextmanager
+    def _company(self, dual: Dual) -> Iterator[Partner | None]:
+        """A second process, where there may and can be one and there is anything left to do."""
+        late = self.clock.over() or self._closed()
+        if late or self._bounded or not (self.pair and partner.possible()):
+            yield None
             return
-        with partner.beside(self.work.original, lambda other: self._second(moves, other)) as other:
-            self._rounds(moves, other)
+        points = len(self.work.base)
+        with partner.beside(self.work.original, points, partial(self._second, dual)) as other:
+            yield other
+
+    def _second(self, dual: Dual, other: Partner) -> None:
+        """The second process: a first choice by other means, then improvement while the first
+        process still seeks the right prices. It says nothing to anybody else."""
+        self.report = None
+        if self.choice is None:
+            self._memory_first(dual, other)
+        if self.choice is not None:
+            moves = self._moves(dual)
+            moves.assist(self.seed + 1)
+            self._improve(moves, other)
+
+    def _talk(self, dual: Dual, other: Partner | None) -> None:
+        """Before there is anything to merge: the better choice counts."""
+        if other is None:
+            return
+        choice = other.new_choice()
+        if choice is not None:
+            self.adopt(choice, dual)
+        if self.choice is not None:
+            other.show_choice(self.inner)
+        other.show_prices(dual.best_prices)
+
+    def adopt(self, choice: Ints, dual: Dual) -> None:
+        """Takes a choice of the remaining nodes if it fits and is the best."""
+        cost = self.work.price(choice)
+        if cost < self.cost and dual.profile.fits(dual.profile.load_of(choice)):
+            self.take_inner(choice, cost, -np.inf)
 
     def _moves(self, dual: Dual) -> Moves:
         state = Neighbourhoods(self.work, dual.profile, self.inner, self.cost, self.seed)
         return Moves(self, dual, state, Pool(self.work, dual, np.random.default_rng(self.seed)))
 
-    def _second(self, moves: Moves, other: Partner) -> None:
-        """What the partner does: the same by other random numbers, without a word to anybody."""
-        self.report = None
-        moves.reseed(self.seed + 1)
-        self._rounds(moves, other)
-
-    def _rounds(self, moves: Moves, other: Partner | None) -> None:
+    def _improve(self, moves: Moves, other: Partner | None) -> None:
+        """Dual rounds, merges and neighbourhoods in turn."""
         limit = SEARCH_STEPS if self.work_limit is None else self.work_limit
         steps = 0
         while not self.clock.over() and not self._closed():
@@ -241,29 +273,34 @@ class Moves:
     dual: Dual
     state: Neighbourhoods
     pool: Pool
-    shown: float = np.inf
+    leads: bool = True
+    """Whether the dual goes on here; else its prices come from the other process."""
 
-    def reseed(self, seed: int) -> None:
+    def assist(self, seed: int) -> None:
+        """Other random numbers, and prices by somebody else."""
+        self.leads = False
         self.state.rng = np.random.default_rng(seed)
         self.pool.rng = np.random.default_rng(seed)
 
     def exchange(self, other: Partner) -> None:
-        """Shows the incumbent if it is new; what the other shows is merged at once."""
-        news = other.news()
-        if news is not None:
-            self.pool.add(news)
-            if self.state.over(*self.pool.pair(self.state.choice, news), self.search.clock):
+        """Shows what is new here; a choice shown by the other side is merged at once."""
+        choice, prices = other.new_choice(), other.new_prices()
+        if choice is not None:
+            self.pool.add(choice)
+            if self.state.over(*self.pool.pair(self.state.choice, choice), self.search.clock):
                 self.search.take_inner(self.state.choice, self.state.cost, self.search.bound)
-        if self.state.cost < self.shown:
-            self.shown = self.state.cost
-            other.show(self.state.choice)
+        other.show_choice(self.state.choice)
+        if self.leads:
+            other.show_prices(self.dual.best_prices)
+        elif prices is not None:
+            self.dual.best_prices = prices
 
     def step(self, number: int) -> None:
         """A dual round or a harvest feeds the pool, a merge uses it; at times a neighbourhood."""
         search, state = self.search, self.state
         if number % GUIDE_EVERY == 0:
             self._guide()
-        if number % 2 and not self.dual.settled():
+        if self.leads and number % 2 and not self.dual.settled():
             self.dual.step()
             self.pool.add(self.dual.by_node(self.dual.last))
             search.take_dual(self.dual)

@@ -1,9 +1,9 @@
-"""A second process that improves the same problem beside the first, and a board between them.
+"""A second process that works on the same problem beside the first, and a board between them.
 
-Only forking, showing each other choices and ending the second process belong here. It is a copy
-of the first at the moment of the fork. Each side shows its best choice in memory both can read
-and merges what the other shows; a choice read while it is being written is a mixture of two,
-which merging copes with, so nobody ever waits. Only searches with a time limit have a partner:
+Only forking, showing each other what was found and ending the second process belong here. It is
+a copy of the first at the moment of the fork. Each side shows its best choice and its prices in
+memory that both can read. What is read while it is being written is a mixture of two, which must
+not matter to the reader, so nobody ever waits. Only searches with a time limit have a partner:
 what they find depends on the clock anyway.
 """
 
@@ -19,30 +19,51 @@ from collections.abc import Callable, Iterator
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.ilp.problem import Vector
+
 Ints = NDArray[np.int64]
 PATIENCE_S = 1.0
 """How long an ended search waits for its partner to notice before ending it."""
 
 
+class Side:
+    """What one process shows, and how often it has shown something."""
+
+    def __init__(self, memory: Vector, nodes: int) -> None:
+        self.counts, self.choice, self.prices = np.split(memory, [2, 2 + nodes])
+
+
 class Partner:
-    """One side of the board: a count of the choices shown, and the last of them."""
+    """The other process, as one of the two sees it."""
 
-    def __init__(self, board: Ints, side: int, parent: int | None = None) -> None:
-        self.mine, self.other = board[side], board[1 - side]
-        self.seen = 0
-        self.parent = parent
+    def __init__(self, mine: Side, other: Side, parent: int | None = None) -> None:
+        self.mine, self.other, self.parent = mine, other, parent
+        self.seen = np.zeros(2)
 
-    def show(self, choice: Ints) -> None:
-        self.mine[1:] = choice
-        self.mine[0] += 1
+    def show_choice(self, choice: Ints) -> None:
+        self._show(0, self.mine.choice, choice)
 
-    def news(self) -> Ints | None:
-        """What the other side has shown since the last look, if anything."""
-        count = int(self.other[0])
-        if count == self.seen:
-            return None
-        self.seen = count
-        return self.other[1:].copy()
+    def show_prices(self, prices: Vector) -> None:
+        self._show(1, self.mine.prices, prices)
+
+    def _show(self, kind: int, shown: Vector, values: Ints | Vector) -> None:
+        """Counts as news only if it differs from what is shown already."""
+        if not self.mine.counts[kind] or not np.array_equal(shown, values):
+            shown[:] = values
+            self.mine.counts[kind] += 1
+
+    def new_choice(self) -> Ints | None:
+        """What the other has shown since the last look, if anything."""
+        return self.other.choice.astype(np.int64) if self._news(0) else None
+
+    def new_prices(self) -> Vector | None:
+        return self.other.prices.copy() if self._news(1) else None
+
+    def _news(self, kind: int) -> bool:
+        count = self.other.counts[kind]
+        new = bool(count > self.seen[kind])
+        self.seen[kind] = count
+        return new
 
     def orphaned(self) -> bool:
         """For the second process: whether the first has gone."""
@@ -55,16 +76,17 @@ def possible() -> bool:
 
 
 @contextlib.contextmanager
-def beside(nodes: int, work: Callable[[Partner], None]) -> Iterator[Partner]:
+def beside(nodes: int, points: int, work: Callable[[Partner], None]) -> Iterator[Partner]:
     """Runs `work` in a fork of this process until the block is left."""
     context = multiprocessing.get_context("fork")
-    memory = mmap.mmap(-1, 2 * 8 * (nodes + 1))
-    board = np.frombuffer(memory, dtype=np.int64).reshape(2, nodes + 1)
-    first = os.getpid()
-    process = context.Process(target=lambda: work(Partner(board, 1, first)), daemon=True)
+    size = 2 + nodes + points
+    memory = np.frombuffer(mmap.mmap(-1, 2 * 8 * size), dtype=np.float64)
+    first, second = Side(memory[:size], nodes), Side(memory[size:], nodes)
+    parent = os.getpid()
+    process = context.Process(target=lambda: work(Partner(second, first, parent)), daemon=True)
     process.start()
     try:
-        yield Partner(board, 0)
+        yield Partner(first, second)
     finally:
         process.terminate()
         process.join(PATIENCE_S)

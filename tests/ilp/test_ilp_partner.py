@@ -24,7 +24,7 @@ def seen(other: Partner, value: int) -> bool:
     """Whether the other side shows `value` before long."""
     until = time.monotonic() + LONG_S
     while time.monotonic() < until:
-        news = other.news()
+        news = other.new_choice()
         if news is not None and news[0] == value:
             return True
         time.sleep(0.01)
@@ -34,29 +34,34 @@ def seen(other: Partner, value: int) -> bool:
 def add_one(other: Partner) -> None:
     """Answers 7 with 8 and stays until it is ended."""
     if seen(other, 7):
-        other.show(np.array([8, 8, 8]))
+        other.show_prices(np.array([0.5, 1.5]))
+        other.show_choice(np.array([8, 8, 8]))
     time.sleep(LONG_S)
 
 
 def test_each_side_sees_what_the_other_shows() -> None:
-    with beside(3, add_one) as other:
-        assert other.news() is None
-        other.show(np.array([7, 7, 7]))
+    with beside(3, 2, add_one) as other:
+        assert other.new_choice() is None
+        other.show_choice(np.array([7, 7, 7]))
         assert seen(other, 8)
-        assert other.news() is None
+        prices = other.new_prices()
+        assert prices is not None
+        assert prices.tolist() == [0.5, 1.5]
+        assert other.new_prices() is None
+        assert other.new_choice() is None
     assert not multiprocessing.active_children()
 
 
 def test_the_partner_ends_with_an_error_in_the_block() -> None:
-    with pytest.raises(KeyError), beside(3, add_one):
+    with pytest.raises(KeyError), beside(3, 2, add_one):
         raise KeyError("stop")
     assert not multiprocessing.active_children()
 
 
 def test_a_partner_that_fails_does_not_harm() -> None:
-    with beside(3, lambda other: os._exit(1)) as other:
-        other.show(np.array([7, 7, 7]))
-        assert other.news() is None
+    with beside(3, 2, lambda other: os._exit(1)) as other:
+        other.show_choice(np.array([7, 7, 7]))
+        assert other.new_choice() is None
 
 
 def grid(side: int) -> Problem:
