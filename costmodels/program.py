@@ -44,6 +44,7 @@ class Buffer:
 class Kernel:
     """One local computation.
 
+    `dtype`: of the operands of a contraction; of other work, the narrowest type it touches.
     `matmul` is (batch, m, n, k) for contractions. `bytes` is what it moves through device
     memory, `vector_flops` its elementwise work. `model_flops` counts the useful matmul work.
     """
@@ -56,6 +57,7 @@ class Kernel:
     matmul: tuple[int, int, int, int] | None = None
     payload: Any = None
     offsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    overwrites: tuple[int, ...] = ()
 
     @property
     def flops(self) -> float:

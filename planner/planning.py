@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import inf
+from math import inf, sqrt
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from costmodels.memory import Memory, read_memory
 from costmodels.program import Program
@@ -19,17 +20,22 @@ from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.flops import count_flops
-from planner.ilp import Outcome, solve
+from planner.ilp import Outcome, quick_bound, solve
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model
-from planner.pins import Annotation, pinned_specs
+from planner.pins import Annotation, part_copies, pinned_specs
 from planner.plan import Plan, Proof
+from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
 from planner.sharding.flow import Flow, build_flow
-from planner.sharding.formulate import Space, least_compute, mesh_resharder
+from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_resharder
 from planner.sharding.reshard import Resharder
+from planner.sharding.spec import Spec
 from planner.tying import tied_annotation, tied_meshes, untied
+
+if TYPE_CHECKING:
+    from planner.pipelining.planning import PipelinePlanning
 
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
@@ -40,11 +46,10 @@ MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
 # the simulator may hide it: weights are fetched ahead and gradients drain late, activations wait.
 OVERLAP_WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
-# Each round of the search for least memory is a whole solve, slower than one for least time.
-LEAST_MEMORY_ROUNDS = 3
-LEAST_MEMORY_GAP = 0.05  # how far above the least possible peak is near enough
+LEAST_MEMORY_ROUNDS = 6  # limits tried between what is proven too little and what is enough
+LEAST_MEMORY_GAP = 0.1  # how far above the least possible peak is near enough
+LEAST_MEMORY_COST_GAP = 0.1  # any plan within such a limit will do, but not one absurdly slow
 
-Progress = Callable[[str], None]
 Weights = tuple[float, float]
 
 
@@ -74,6 +79,10 @@ class Unsolved(Exception):
     """The limits on time or work ended the search before any plan was found."""
 
 
+class NothingFits(Unsolved):
+    """Proven, and the plan of least memory was not asked for."""
+
+
 def plan_model(
     model: Model, mesh: LogicalMesh, options: Options | None = None,
     progress: Progress | None = None,
@@ -82,7 +91,14 @@ def plan_model(
 
     Raises Infeasible (with the least-memory plan), Unsolved, or PinError.
     """
-    return _Planning(model, mesh, options or Options(), model.constraints, progress).best()
+    return _planning(model, mesh, options, model.constraints, progress).best()
+
+
+def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
+    """Seconds that no plan's serial time falls below, memory left aside: where the chip does
+    not overlap communication, a bound of the step time. Quick: nothing is solved to the end."""
+    planning = Planning(model, mesh, Options(), model.constraints, None)
+    return quick_bound(planning.space.problem(None, []))
 
 
 def price_annotations(
@@ -90,10 +106,11 @@ def price_annotations(
 ) -> Result:
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
-    Tensors that the annotation leaves open get what the surrogate finds cheapest.
-    Raises PinError.
+    Tensors that the annotation leaves open get what the surrogate finds cheapest, within the
+    memory if that is possible. Raises PinError.
     """
-    return _Planning(model, mesh, options or Options(), annotation, None).unlimited()
+    options = replace(options or Options(), least_memory=False)
+    return _planning(model, mesh, options, annotation, given=True).completed()
 
 
 def reprice(
@@ -105,11 +122,23 @@ def reprice(
     `annotation` is the one the plan was made under. Raises ValueError if it does not belong to
     this model and mesh.
     """
-    return _Planning(model, mesh, options or Options(), annotation, None).read(plan)
+    return _planning(model, mesh, options, annotation).read(plan)
+
+
+def _planning(
+    model: Model, mesh: LogicalMesh, options: Options | None, annotation: Annotation,
+    progress: Progress | None = None, given: bool = False,
+) -> Planning | PipelinePlanning:  # fmt: skip
+    """How a model is planned: in stages if its pipeline has several."""
+    if model.pipeline is None or dict(mesh.axes).get(model.pipeline.axis) == 1:
+        return Planning(model, mesh, options or Options(), annotation, progress, given)
+    from planner.pipelining.planning import PipelinePlanning  # it plans stages with Planning
+
+    return PipelinePlanning(model, mesh, options or Options(), annotation, progress, given)
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     plan: Plan
     program: Program
     memory: Memory
@@ -117,25 +146,39 @@ class _Candidate:
 
 
 @dataclass
-class _Planning:
+class Planning:
+    """Everything about planning one training step on one mesh."""
+
     model: Model
     mesh: LogicalMesh
     options: Options
     annotation: Annotation
     progress: Progress | None
+    given: bool = False  # the annotation says how the step runs, not what it may not do
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
+    leanest: Candidate | None = None  # of the plans seen the one of least peak
+    solving_s: float = 0.0
     began: float = field(default_factory=monotonic)
 
     def __post_init__(self) -> None:
         self.say("deriving the training step")
-        self.graph = training_step(self.model, keep=tuple(self.annotation))
-        sizes = dict(self.mesh.axes)
-        self.flow = build_flow(self.graph, pinned_specs(self.graph, self.annotation, sizes))
+        self.graph = self.step()
+        self.flow = self.laid_out()
         limit = self.options.memory_bytes
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
+
+    def step(self) -> Graph:
+        return training_step(self.model, keep=tuple(self.annotation))
+
+    def laid_out(self) -> Flow:
+        return build_flow(self.graph, self.pins())
+
+    def pins(self) -> dict[str, Spec]:
+        pins = pinned_specs(self.graph, self.annotation, dict(self.mesh.axes))
+        return {**pins, **part_copies(self.graph, pins)} if self.given else pins
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -144,7 +187,11 @@ class _Planning:
     @cached_property
     def space(self) -> Space:
         self.say("pricing choices")
-        return Space(self.flow, self.mesh)
+        return Space(self.flow, self.mesh, self.home_seconds())
+
+    def home_seconds(self) -> HomeSeconds | None:
+        """What homes cost by themselves: nothing."""
+        return None
 
     @cached_property
     def prefetched(self) -> set[str]:
@@ -164,23 +211,23 @@ class _Planning:
     def best(self) -> Result:
         if sum(size > 1 for _, size in self.mesh.axes) > EXACT_AXES:
             return self.tied()
+        return self.result(self.fastest(self.fitting))
+
+    def fastest(self, find: Callable[[Weights], Candidate]) -> Candidate:
+        """Of what `find` finds under several weights, what the simulator says is fastest."""
         overlapping = bool(self.mesh.chip.overlap)
-        found: list[_Candidate] = []
-        proofs: list[Proof] = []
+        found: list[Candidate] = []
         for weights in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
             try:
-                candidate = self.fitting(weights)
+                found.append(find(weights))
             except Unsolved:
                 if not found:
                     raise
                 break  # out of time: the best so far is the answer
-            found.append(candidate)
-            proofs.append(candidate.plan.proof)
         fastest = min(found, key=lambda c: c.timing.step_time_s)
         # The proof concerns the unweighted surrogate.
-        proof = replace(proofs[0], seconds=sum(p.seconds for p in proofs))
-        plan = replace(fastest.plan, proof=proof)
-        return self.result(replace(fastest, plan=plan))
+        proof = replace(found[0].plan.proof, seconds=self.solving_s)
+        return replace(fastest, plan=replace(fastest.plan, proof=proof))
 
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
@@ -188,7 +235,7 @@ class _Planning:
         for pair, mesh in tied_meshes(self.mesh, self.annotation):
             self.say(f"tying axes {pair[0]} and {pair[1]}")
             tied = tied_annotation(self.annotation, pair)
-            planning = _Planning(self.model, mesh, self.options, tied, self.progress)
+            planning = Planning(self.model, mesh, self.options, tied, self.progress)
             planning.began = self.began
             result = planning.best()
             found.append((result.timing.step_time_s, untied(result.plan, pair, self.mesh)))
@@ -206,35 +253,54 @@ class _Planning:
             self.lowered(replace(plan, proof=Proof("heuristic", objective, bound, gap, seconds)))
         )
 
-    def unlimited(self) -> Result:
-        outcome = self.solved(None, OVERLAP_WEIGHTS[0])
-        return self.result(self.candidate(outcome, "given"))
+    def completed(self) -> Result:
+        """What is left open fits if it can: least cost alone would replicate what costs nothing."""
+        try:
+            found = self.fastest(self.fitting)
+        except Unsolved:
+            found = self.fastest(self.unlimited)
+        proof = replace(found.plan.proof, status="given")
+        return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
     def read(self, plan: Plan) -> Result:
+        self.check(plan)
+        return self.result(self.lowered(plan))
+
+    def check(self, plan: Plan) -> None:
+        """Raises ValueError if the plan is for something else."""
         expected = {site.op.origin or name for name, site in self.flow.sites.items()}
         if set(plan.choices) != expected or len(plan.homes) != len(self.flow.homes):
             raise ValueError("the plan does not belong to this model")
         if plan.axes != self.mesh.axes:
             raise ValueError(f"the plan is for mesh {plan.axes}, not {self.mesh.axes}")
-        return self.result(self.lowered(plan))
 
     # ---- the ILP with memory ---------------------------------------------------------------
 
-    def fitting(self, weights: Weights) -> _Candidate:
-        """Least surrogate cost among the plans that fit; constraints are added as needed."""
+    def fitting(self, weights: Weights) -> Candidate:
+        """Least surrogate cost among the plans that fit."""
+        found = self.within(self.target, weights, ENOUGH_GAP)
+        if found is not None:
+            return found
+        if not self.options.least_memory:
+            raise NothingFits("nothing fits")
+        raise self.infeasible()
+
+    def unlimited(self, weights: Weights) -> Candidate:
+        """Least surrogate cost, whatever memory it takes."""
+        return self.candidate(self.solved(None, weights, ENOUGH_GAP))
+
+    def within(self, target: float, weights: Weights, gap: float) -> Candidate | None:
+        """Least surrogate cost among the plans whose peak is at most `target`; constraints are
+        added as needed. None if there is none."""
         for _ in range(MEMORY_ROUNDS):
-            limited = self.target - self.slack if self.active else None
-            outcome = self.solved(limited, weights)
-            if outcome.choice is None:
-                if outcome.status != "infeasible":
-                    raise Unsolved(f"no plan found within the limits ({outcome.status})")
-                if not self.options.least_memory:
-                    raise Unsolved("nothing fits")
-                raise self.infeasible()
+            limited = target - self.slack if self.active else None
+            outcome = self.solved(limited, weights, gap)
+            if outcome.status == "infeasible":
+                return None
             candidate = self.candidate(outcome)
-            if candidate.memory.peak_bytes <= self.target:
+            if candidate.memory.peak_bytes <= target:
                 return candidate
-            self.constrain(candidate.memory)
+            self.constrain(candidate.memory, target)
         raise Unsolved(f"memory constraints did not settle in {MEMORY_ROUNDS} rounds")
 
     @property
@@ -242,26 +308,26 @@ class _Planning:
         """Predicted peak that still fits, headroom included."""
         return self.limit / (1 + self.options.headroom)
 
-    def constrain(self, memory: Memory) -> None:
+    def constrain(self, memory: Memory, target: float) -> None:
         """Constraints at the steps that exceed the limit most, one for each hump of the profile."""
-        new = [t for t in humps(memory.profile, self.target) if t not in self.active]
+        new = [t for t in humps(memory.profile, target) if t not in self.active]
         if new:
             self.active = sorted({*self.active, *new})
             self.say(f"{len(self.active)} memory constraints")
             return
-        self.slack += memory.peak_bytes - self.target + 1
+        self.slack += memory.peak_bytes - target + 1
 
-    def solved(self, limit: float | None, weights: Weights) -> Outcome:
+    def solved(self, limit: float | None, weights: Weights, gap: float) -> Outcome:
         ahead, waiting = weights
-        counts = [
-            ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions
-        ]
+        counts = [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
         problem = self.space.problem(limit, self.active, counts)
         self.say(f"solving for {problem.size} decisions")
-        return solve(
+        outcome = solve(
             problem, backend=self.options.backend, time_limit=self.time_left(),
-            work_limit=WORK_LIMIT, seed=self.options.seed, gap=ENOUGH_GAP,
+            work_limit=WORK_LIMIT, seed=self.options.seed, gap=gap,
         )  # fmt: skip
+        self.solving_s += outcome.seconds
+        return outcome
 
     def time_left(self) -> float | None:
         """What is left of the time limit, which is for the whole of planning."""
@@ -270,44 +336,49 @@ class _Planning:
         return max(LEAST_TIME_S, self.options.time_limit_s - (monotonic() - self.began))
 
     def infeasible(self) -> Infeasible:
-        """The plan of least memory (multiplicative weights over the constrained steps)."""
+        """The plan of least memory, between what is proven too little and the least peak seen."""
+        if self.leanest is None:
+            raise Unsolved("no plan found (infeasible)")
         self.say("nothing fits: looking for the plan of least memory")
-        weights = dict.fromkeys(self.active, 1.0)
-        found: list[_Candidate] = []
+        too_little = self.target
         for _ in range(LEAST_MEMORY_ROUNDS):
-            outcome = solve(
-                self.space.memory_problem(weights), time_limit=self.time_left(),
-                work_limit=WORK_LIMIT, seed=self.options.seed,
-            )  # fmt: skip
-            if outcome.choice is None and found:  # out of time: the best so far is the answer
+            enough = self.leanest.memory.peak_bytes
+            if too_little >= enough * (1 - LEAST_MEMORY_GAP):
                 break
-            found.append(self.candidate(outcome, "infeasible"))
-            least = min(c.memory.peak_bytes for c in found)
-            # A peak is never below a weighted mean, whose least value this was.
-            if least * (1 - LEAST_MEMORY_GAP) <= outcome.bound / sum(weights.values()):
+            middle = sqrt(too_little * enough)
+            try:
+                found = self.within(middle, OVERLAP_WEIGHTS[0], LEAST_MEMORY_COST_GAP)
+            except Unsolved:  # the least so far is the answer
                 break
-            weights = heavier(weights, found[-1].memory.profile)
-        best = min(found, key=lambda c: c.memory.peak_bytes)
-        # What was minimised are bytes: nothing is known of the objective in seconds.
-        unknown = Proof("infeasible", inf, inf, inf, sum(c.plan.proof.seconds for c in found))
+            if found is None:
+                too_little = middle
+        best = self.leanest
+        # Nothing is known of the least time at this limit.
+        unknown = Proof("infeasible", inf, inf, inf, self.solving_s)
         result = self.result(replace(best, plan=replace(best.plan, proof=unknown)))
         return Infeasible(result, explain(result))
 
     # ---- readings -------------------------------------------------------------------------
 
-    def candidate(self, outcome: Outcome, status: str = "") -> _Candidate:
+    def candidate(self, outcome: Outcome, status: str = "") -> Candidate:
+        found = self.lowered(self.candidate_plan(outcome, status))
+        if self.leanest is None or found.memory.peak_bytes < self.leanest.memory.peak_bytes:
+            self.leanest = found
+        return found
+
+    def candidate_plan(self, outcome: Outcome, status: str = "") -> Plan:
         if outcome.choice is None:
             raise Unsolved(f"no plan found ({outcome.status})")
         proof = Proof(
             status or outcome.status, outcome.cost, outcome.bound, outcome.gap, outcome.seconds
         )
-        return self.lowered(self.space.plan(outcome.choice.tolist(), proof))
+        return self.space.plan(outcome.choice.tolist(), proof)
 
-    def lowered(self, plan: Plan) -> _Candidate:
+    def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
-        return _Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
+        return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
-    def result(self, c: _Candidate) -> Result:
+    def result(self, c: Candidate) -> Result:
         return Result(
             self.model, self.mesh, self.graph, c.plan, c.program, c.timing, c.memory,
             count_flops(self.graph), self.limit, self.options.headroom,
@@ -326,15 +397,6 @@ def humps(profile: Sequence[int], limit: float) -> list[int]:
             found[-1:] = [t] if inside else [*found[-1:], t]
             inside = True
     return found
-
-
-def heavier(weights: dict[int, float], profile: Sequence[int]) -> dict[int, float]:
-    """Weights of schedule steps after a plan with this profile: more where it needs more."""
-    peak = max(profile)
-    steps = {*weights, profile.index(peak)}
-    start = max(weights.values())
-    grown = {t: weights.get(t, start) * 2 ** (4 * (profile[t] / peak - 1)) for t in sorted(steps)}
-    return {t: w / max(grown.values()) for t, w in grown.items()}
 
 
 def explain(result: Result) -> tuple[str, ...]:

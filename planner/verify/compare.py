@@ -95,7 +95,7 @@ def compare(
     if reading is not None:
         rows += work_rows(result, compiled, reading, thresholds)
         sizes = dict(result.mesh.axes)
-        moves = list(predicted_moves(result.program)), list(compiled_moves(reading.collectives))
+        moves = list(predicted_moves(result.one_program)), list(compiled_moves(reading.collectives))
         # XLA's CPU backend widens bf16 to f32, and so what it moves: nothing to judge then.
         widened = compiled.backend == "cpu" and result.model.training.compute != "f32"
         collectives = collective_rows(
@@ -114,7 +114,7 @@ def compare(
 
 def memory_rows(result: Result, compiled: Compiled, t: Thresholds) -> tuple[Row, ...]:
     """Arguments, peak, temporaries. The CPU's memory is no one's: shown, not judged."""
-    arguments = argument_bytes(result.program)
+    arguments = argument_bytes(result.one_program)
     peak = result.memory.peak_bytes
     # Out of memory, the compiler only gives a lower bound: then the verdict is whether it fits.
     judged = compiled.backend != "cpu" and compiled.status == "compiled"
@@ -167,11 +167,13 @@ def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:
     found = list(collectives)
     windows: dict[str, str] = {}
     for c in found:
-        if c.window and windows.get(c.op_name) != "reduce-scatter":
-            windows[c.op_name] = c.window
+        if c.kind == "collective-permute" and c.stands_for:
+            sums = windows.get(c.op_name) == "reduce-scatter"
+            windows[c.op_name] = "reduce-scatter" if sums else c.stands_for
     for c in found:
-        window = windows.get(c.op_name, "") if c.kind == "collective-permute" else ""
-        yield Moved(c.kind, c.axes, c.bytes * c.count, window)
+        permute = c.kind == "collective-permute"
+        stands_for = windows.get(c.op_name, "") if permute else c.stands_for
+        yield Moved(c.kind, c.axes, c.bytes * c.count, stands_for)
 
 
 def collective_rows(predicted: Totals, compiled: Totals, t: Thresholds | None) -> tuple[Row, ...]:
