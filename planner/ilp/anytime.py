@@ -31,7 +31,7 @@ Progress = Callable[[float, float], None]
 
 SMALL_CELLS = 500_000
 """Finite matrix entries up to which branch and bound is worth trying on the whole."""
-DUAL_SHARE = 0.4
+DUAL_SHARE = 0.5
 """Part of the time that the first ascent may take once a choice fits."""
 NEAR = 0.005
 """The first ascent ends when its target has come within this share of the bound."""
