@@ -20,6 +20,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -120,9 +121,9 @@ def main() -> None:
         name = name_of(path)
         about = known.get(name, {})
         limit_s = options.time_limit or about.get("time_limit_s", DEFAULT_LIMIT_S)
-        with context.Pool(1) as pool:
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
             arguments = (str(path), options.backend, limit_s, options.seed, options.busy)
-            result = pool.apply(measure, arguments)
+            result = pool.submit(measure, *arguments).result()
         print(row(name, result, about.get("best")), flush=True)
         if about and result.get("cost"):
             total += about["best"] / result["cost"]

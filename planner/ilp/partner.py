@@ -71,8 +71,11 @@ class Partner:
 
 
 def possible() -> bool:
-    """Whether there is a second processor, and forking is safe."""
-    return sys.platform == "linux" and len(os.sched_getaffinity(0)) > 1
+    """Whether there is a second processor, forking is safe, and this process may have children
+    (the workers of a `multiprocessing.Pool` may not)."""
+    if sys.platform != "linux" or multiprocessing.current_process().daemon:
+        return False
+    return len(os.sched_getaffinity(0)) > 1
 
 
 @contextlib.contextmanager

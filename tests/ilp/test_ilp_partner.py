@@ -99,3 +99,9 @@ def test_without_a_time_limit_there_is_no_partner(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr("planner.ilp.partner.beside", refuse)
     search(from_seed(7), "lns", Clock.of(None), 10, 0, None, 0.0, None, pair=True)
+
+
+def test_a_worker_that_may_have_no_children_works_alone() -> None:
+    """`multiprocessing.Pool` runs workers that must not fork."""
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(possible) is False
