@@ -238,6 +238,7 @@ def _streams(
     element-wise passes lie far under what is measured (v6e copies at 0.83), so those chips
     take the fraction of memory-bound products.
     """
+
     def rate(form: str, moved: int) -> float:
         best = max((r for r in rows if r["form"] == form), key=lambda r: int(r["cycles"]))
         bytes_moved = moved * int(best["m"]) * int(best["n"])

@@ -62,8 +62,7 @@ def cases(model: str) -> dict[str, list[Case]]:
     return {
         "devices": [Case(f"{n}, {s}", placed(m, s)) for n, (m, s) in DEVICES.items()],
         "layers": [
-            Case(str(n), placed(CUBE, AXES[2], "--set", f"architecture.layers={n}"))
-            for n in LAYERS
+            Case(str(n), placed(CUBE, AXES[2], "--set", f"architecture.layers={n}")) for n in LAYERS
         ],
         "axes": [Case(f"{n}, {shape}", placed(CUBE, shape)) for n, shape in AXES.items()],
         "zoo": [Case(name, (name,)) for name in ZOO],
@@ -74,9 +73,7 @@ def measure(arguments: Sequence[str]) -> Measured:
     command = [sys.executable, "cli.py", *arguments, "--quiet", "--format", "json"]
     with tempfile.TemporaryFile() as output:
         begun = time.monotonic()
-        process = subprocess.Popen(
-            command, cwd=ROOT, stdout=output, stderr=subprocess.DEVNULL
-        )
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.DEVNULL)
         status, usage = _wait(process.pid, begun + LIMIT_S)
         seconds = time.monotonic() - begun
         process.returncode = os.waitstatus_to_exitcode(status)

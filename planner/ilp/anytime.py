@@ -2,7 +2,7 @@
 
 Only the order of the phases and how time is shared among them belong here.
 
-1. Multipliers and messages (`lagrangian`) until a choice fits and a share of the time is gone.
+1. Multipliers and messages (`lagrangian`) until a choice fits and prices have settled.
 2. If the problem is small, branch and bound to the end (`exact`).
 3. Choices of the dual at various prices are merged exactly (`merging`), neighbourhoods of the
    incumbent solved exactly (`lns`), while the dual goes on.
@@ -10,17 +10,20 @@ Only the order of the phases and how time is shared among them belong here.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.ilp import exact
+from planner.ilp import exact, partner
 from planner.ilp.clock import Clock
 from planner.ilp.lagrangian import Dual
 from planner.ilp.lns import Neighbourhoods
 from planner.ilp.merging import Pool
+from planner.ilp.partner import Partner
 from planner.ilp.work import Infeasible, Work
 
 Ints = NDArray[np.int64]
@@ -28,11 +31,13 @@ Progress = Callable[[float, float], None]
 
 SMALL_CELLS = 500_000
 """Finite matrix entries up to which branch and bound is worth trying on the whole."""
-DUAL_SHARE = 0.15
+DUAL_SHARE = 0.5
 """Part of the time that the first ascent may take once a choice fits."""
+NEAR = 0.005
+"""The first ascent ends when its target has come within this share of the bound."""
 FIRST_SHARE = 0.1
 """Part of the time in which the dual seeks a first choice before branch and bound."""
-PATIENCE_SHARE = 0.5
+PATIENCE_SHARE = 0.3
 """Part of the time after which a choice is sought by putting memory first."""
 EXACT_SHARE = 0.5
 DUAL_ROUNDS = 150
@@ -63,6 +68,8 @@ class Anytime:
     gap: float = 0.0
     report: Callable[[float, float, Ints | None], None] | None = None
     try_exact: bool = True
+    pair: bool = False
+    """Whether a second process may help."""
     choice: Ints | None = None
     cost: float = np.inf
     bound: float = -np.inf
@@ -93,19 +100,21 @@ class Anytime:
         dual = None
         if small and self.clock.limited:
             # Branch and bound may find nothing for long: there must be something to write.
-            dual = Dual(self.work)
+            dual = Dual(self.work, self.clock)
             self._first(dual)
         if small and self._exact(self.clock.share(EXACT_SHARE)):
             return
-        dual = Dual(self.work) if dual is None else dual
-        self._ascend(dual)
-        if dual.choice is None and self.choice is None:
-            self._memory_first()
-        if self.choice is None:
-            return
-        if small and self.clock.limited and self._exact(self.clock.share(EXACT_SHARE)):
-            return
-        self._improve(dual)
+        dual = Dual(self.work, self.clock) if dual is None else dual
+        if small and self.clock.limited:
+            self._ascend(dual, None)
+            if self.choice is not None and self._exact(self.clock.share(EXACT_SHARE)):
+                return
+        with self._company(dual) as other:
+            self._ascend(dual, other)
+            if self.choice is None:
+                self._memory_first(dual, other)
+            if self.choice is not None:
+                self._improve(self._moves(dual), other)
 
     # ---- phases -----------------------------------------------------------------------------
 
@@ -135,35 +144,78 @@ class Anytime:
             dual.step()
         self.take_dual(dual)
 
-    def _ascend(self, dual: Dual) -> None:
+    def _ascend(self, dual: Dual, other: Partner | None) -> None:
         share, patience = self.clock.share(DUAL_SHARE), self.clock.share(PATIENCE_SHARE)
         rounds = DUAL_ROUNDS if self.work_limit is None else min(self.work_limit, DUAL_ROUNDS)
-        while not patience.over():
+        while not (patience if self.choice is None else share).over():
             dual.step()
             self.take_dual(dual)
+            self._talk(dual, other)
             if self._closed():
                 return
             if self._bounded and dual.rounds >= rounds:
                 return
-            if share.over() and self.choice is not None and self.clock.limited:
+            if self.choice is not None and dual.distance < NEAR:
                 return
 
-    def _memory_first(self) -> None:
+    def _memory_first(self, dual: Dual, other: Partner | None) -> None:
         """A choice that fits, at hardly any regard for cost."""
-        dual = Dual(self.work.weighted(MEMORY_FIRST))
+        cheap = Dual(self.work.weighted(MEMORY_FIRST), self.clock)
         for _ in range(10 * DUAL_ROUNDS):
-            if self.clock.over() or dual.choice is not None:
-                break
-            dual.step()
-        if dual.choice is not None:
-            self.take_inner(dual.choice, self.work.price(dual.choice), -np.inf)
+            if self.clock.over() or self.choice is not None:
+                return
+            if other is not None and other.orphaned():
+                return
+            cheap.step()
+            if cheap.choice is not None:
+                self.adopt(cheap.choice, dual)
+            self._talk(dual, other)
 
-    def _improve(self, dual: Dual) -> None:
-        """Dual rounds, merges and neighbourhoods in turn; each gets time as it succeeds."""
-        rng = np.random.default_rng(self.seed)
+    @contextlib.contextmanager
+    def _company(self, dual: Dual) -> Iterator[Partner | None]:
+        """A second process, where there may and can be one and there is anything left to do."""
+        late = self.clock.over() or self._closed()
+        if late or self._bounded or not (self.pair and partner.possible()):
+            yield None
+            return
+        points = len(self.work.base)
+        with partner.beside(self.work.original, points, partial(self._second, dual)) as other:
+            yield other
+
+    def _second(self, dual: Dual, other: Partner) -> None:
+        """The second process: a first choice by other means, then improvement while the first
+        process still seeks the right prices. It says nothing to anybody else."""
+        self.report = None
+        if self.choice is None:
+            self._memory_first(dual, other)
+        if self.choice is not None:
+            moves = self._moves(dual)
+            moves.assist(self.seed + 1)
+            self._improve(moves, other)
+
+    def _talk(self, dual: Dual, other: Partner | None) -> None:
+        """Before there is anything to merge: the better choice counts."""
+        if other is None:
+            return
+        choice = other.new_choice()
+        if choice is not None:
+            self.adopt(choice, dual)
+        if self.choice is not None:
+            other.show_choice(self.inner)
+        other.show_prices(dual.best_prices)
+
+    def adopt(self, choice: Ints, dual: Dual) -> None:
+        """Takes a choice of the remaining nodes if it fits and is the best."""
+        cost = self.work.price(choice)
+        if cost < self.cost and dual.profile.fits(dual.profile.load_of(choice)):
+            self.take_inner(choice, cost, -np.inf)
+
+    def _moves(self, dual: Dual) -> Moves:
         state = Neighbourhoods(self.work, dual.profile, self.inner, self.cost, self.seed)
-        pool = Pool(self.work, dual, rng)
-        moves = Moves(self, dual, state, pool)
+        return Moves(self, dual, state, Pool(self.work, dual, np.random.default_rng(self.seed)))
+
+    def _improve(self, moves: Moves, other: Partner | None) -> None:
+        """Dual rounds, merges and neighbourhoods in turn."""
         limit = SEARCH_STEPS if self.work_limit is None else self.work_limit
         steps = 0
         while not self.clock.over() and not self._closed():
@@ -171,6 +223,10 @@ class Anytime:
                 return
             moves.step(steps)
             steps += 1
+            if other is not None:
+                if other.orphaned():
+                    return
+                moves.exchange(other)
 
     # ---- bookkeeping ------------------------------------------------------------------------
 
@@ -217,13 +273,34 @@ class Moves:
     dual: Dual
     state: Neighbourhoods
     pool: Pool
+    leads: bool = True
+    """Whether the dual goes on here; else its prices come from the other process."""
+
+    def assist(self, seed: int) -> None:
+        """Other random numbers, and prices by somebody else."""
+        self.leads = False
+        self.state.rng = np.random.default_rng(seed)
+        self.pool.rng = np.random.default_rng(seed)
+
+    def exchange(self, other: Partner) -> None:
+        """Shows what is new here; a choice shown by the other side is merged at once."""
+        choice, prices = other.new_choice(), other.new_prices()
+        if choice is not None:
+            self.pool.add(choice)
+            if self.state.over(*self.pool.pair(self.state.choice, choice), self.search.clock):
+                self.search.take_inner(self.state.choice, self.state.cost, self.search.bound)
+        other.show_choice(self.state.choice)
+        if self.leads:
+            other.show_prices(self.dual.best_prices)
+        elif prices is not None:
+            self.dual.best_prices = prices
 
     def step(self, number: int) -> None:
         """A dual round or a harvest feeds the pool, a merge uses it; at times a neighbourhood."""
         search, state = self.search, self.state
         if number % GUIDE_EVERY == 0:
             self._guide()
-        if number % 2 and not self.dual.settled():
+        if self.leads and number % 2 and not self.dual.settled():
             self.dual.step()
             self.pool.add(self.dual.by_node(self.dual.last))
             search.take_dual(self.dual)

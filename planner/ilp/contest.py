@@ -112,7 +112,7 @@ def solve_file(
         raw = read(Path(path))
         problem = as_problem(raw)
         working = _working(clock)
-        found = search(problem, backend, working, None, seed, None, 0.0, progress)
+        found = search(problem, backend, working, None, seed, None, 0.0, progress, pair=True)
         outcome = outcome_of(problem, found, None, working)
     result = _result(raw, outcome.choice, outcome.status, outcome.bound)
     result["seconds"] = clock.seconds()

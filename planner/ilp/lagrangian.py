@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.ilp.clock import Clock
 from planner.ilp.messages import Messages
 from planner.ilp.problem import Vector
 from planner.ilp.profile import Profile
@@ -27,6 +28,7 @@ from planner.ilp.work import Work
 
 Ints = NDArray[np.int64]
 
+UNLIMITED = Clock()
 MOST_SWEEPS = 10
 SETTLED = 0.02
 """Messages follow a change of prices until a pair of sweeps gains less than this share of the
@@ -52,6 +54,8 @@ class Dual:
     """State of the ascent on one working problem."""
 
     work: Work
+    clock: Clock = UNLIMITED
+    """Sweeps end with it: on the largest problems a round takes seconds."""
     messages: Messages = field(init=False)
     rounding: Rounding = field(init=False)
     profile: Profile = field(init=False)
@@ -85,7 +89,7 @@ class Dual:
             before = bound
             self.messages.sweep(cost, up=True)
             bound = fixed + self.messages.sweep(cost, up=False)
-            if bound - before < SETTLED * self.distance * abs(bound):
+            if bound - before < SETTLED * self.distance * abs(bound) or self.clock.over():
                 break
         self._credit(bound)
         load = self._try(cost)

@@ -63,7 +63,13 @@ class Pool:
         """Nodes on which some chosen members differ from the incumbent, and what they allow."""
         count = min(len(self.choices), int(self.rng.integers(LEAST, MOST + 1)))
         picked = self.rng.choice(len(self.choices), size=count, replace=False)
-        members = [self.choices[k] for k in picked] + self.choices[-1:]
+        return self._span([self.choices[k] for k in picked] + self.choices[-1:], incumbent)
+
+    def pair(self, incumbent: Ints, other: Ints) -> tuple[list[int], list[Mask]]:
+        """Where one other choice differs from the incumbent."""
+        return self._span([other], incumbent)
+
+    def _span(self, members: list[Ints], incumbent: Ints) -> tuple[list[int], list[Mask]]:
         allowed: list[Mask] = [np.zeros(0, dtype=bool)] * self.work.original
         free: list[int] = []
         for n in self.work.nodes():

@@ -18,6 +18,9 @@ from planner.ilp.work import Work
 
 STILL_SHRINKING = 0.98
 """Comparing pairs is dear: another round only if the last one left at most this share."""
+PAIRED_CELLS = 1_000_000
+"""Matrix entries up to which pairs are compared: beyond, it would take longer than it saves,
+and neighbourhoods are presolved again by themselves."""
 Edges = dict[tuple[int, int], Matrix]
 ROUNDS = 20
 """Rounds of trimming time and starting over; each needs the one before to have helped."""
@@ -37,7 +40,8 @@ def presolve(work: Work, *, out_of_time: Callable[[], bool] = lambda: False) -> 
         _shrink(work, seen, memory, out_of_time)
         labels = _labels(work)
         last = turn == ROUNDS - 1  # forbidden pairs must be followed by the edge rules
-        if last or out_of_time() or labels > before * STILL_SHRINKING:
+        shrinking = labels <= before * STILL_SHRINKING
+        if last or out_of_time() or not shrinking or _cells(work) > PAIRED_CELLS:
             break
         before = labels
         _forbid(work, paired, memory, out_of_time)
@@ -45,6 +49,10 @@ def presolve(work: Work, *, out_of_time: Callable[[], bool] = lambda: False) -> 
 
 def _labels(work: Work) -> int:
     return sum(work.size(n) for n in work.nodes())
+
+
+def _cells(work: Work) -> int:
+    return sum(c.size for n in work.nodes() for m, c in work.adj[n].items() if n < m)
 
 
 def _shrink(

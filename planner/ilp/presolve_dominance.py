@@ -23,7 +23,9 @@ from planner.ilp.work import Ints, Work
 CHUNK_CELLS = 100_000
 """Cells of the comparison cube computed at once: 800 kB stay in the processor's cache."""
 WORTH_GROUPING = 30_000
-"""Cells of the cube above which finding equal rows, or the same matrix, first pays."""
+"""Cells of the cube above which finding equal rows first pays."""
+WORTH_REMEMBERING = 4_000
+"""Cells of the cube above which looking for the same matrix first pays."""
 REMEMBERED_CELLS = 50_000_000
 """Cells of remembered results: 400 MB; then everything is forgotten."""
 
@@ -41,7 +43,7 @@ class Memory:
     def call(self, function: Callable[..., Change], *arrays: Matrix) -> Change:
         """`function(*arrays)`, remembered where that is cheaper than computing it."""
         first = arrays[0]
-        if first.size * len(first) < WORTH_GROUPING:
+        if first.size * len(first) < WORTH_REMEMBERING:
             return function(*arrays)
         key = (function, *((a.shape, _digest(a)) for a in arrays))
         if key not in self.known:

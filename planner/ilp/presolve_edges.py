@@ -10,9 +10,11 @@ Only rules that look at a single matrix belong here.
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.ilp.problem import Matrix
 from planner.ilp.work import Infeasible, Work
+
+Mask = NDArray[np.bool_]
 
 SEPARABLE_SHARE = 1e-13
 """A matrix counts as separable if the mixed differences are below this share of its largest
@@ -30,29 +32,39 @@ def drop_infinite(work: Work, n: int) -> bool:
 
 def reduce_edge(work: Work, i: int, j: int) -> bool:
     """Applies the first rule that fits edge (i, j); True if the problem changed."""
-    cost = work.adj[i][j]
-    finite = np.isfinite(cost)
+    finite = np.isfinite(work.adj[i][j])
     if finite.all():
-        return _fold(work, i, j, cost)
-    rows = finite.sum(axis=1)
-    columns = finite.sum(axis=0)
+        return fold_separable(work, i, j)
+    return drop_unsupported(work, i, j, finite) or contract_determined(work, i, j, finite)
+
+
+def drop_unsupported(work: Work, i: int, j: int, finite: Mask) -> bool:
+    """Removes strategies of either end that are forbidden with all of the other's."""
+    rows = finite.any(axis=1)
+    columns = finite.any(axis=0)
     if not rows.all():
         work.keep(i, np.flatnonzero(rows))
         return True
     if not columns.all():
         work.keep(j, np.flatnonzero(columns))
         return True
-    if rows.max() == 1:
+    return False
+
+
+def contract_determined(work: Work, i: int, j: int, finite: Mask) -> bool:
+    """Merges one end into the other that determines it (every strategy has support)."""
+    if finite.sum(axis=1).max() == 1:
         work.contract(j, i, finite.argmax(axis=1))
         return True
-    if columns.max() == 1:
+    if finite.sum(axis=0).max() == 1:
         work.contract(i, j, finite.argmax(axis=0))
         return True
     return False
 
 
-def _fold(work: Work, i: int, j: int, cost: Matrix) -> bool:
-    """Moves a separable matrix into the node costs."""
+def fold_separable(work: Work, i: int, j: int) -> bool:
+    """Moves a separable matrix, which must be finite, into the node costs."""
+    cost = work.adj[i][j]
     if cost.size == 0:
         raise Infeasible(f"node {i} or {j} has no strategy")
     first = cost[0]

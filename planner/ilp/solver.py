@@ -48,14 +48,17 @@ def solve(
 
 def search(
     problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int,
-    warm_start: Sequence[int] | None, gap: float, progress: Progress | None,
+    warm_start: Sequence[int] | None, gap: float, progress: Progress | None, pair: bool = False,
 ) -> exact.Search:  # fmt: skip
-    """The backend's own result, not yet priced. The problem must have passed `check`."""
+    """The backend's own result, not yet priced. The problem must have passed `check`.
+
+    With `pair` a second process may help where there is a time limit.
+    """
     if backend in ("cbc", "highs"):
         seconds = clock.left() if clock.limited else None
         return pulp_model.search(problem, backend, seconds, work_limit, warm_start, gap)
     try:
-        return _reduced(problem, backend, clock, work_limit, seed, gap, progress)
+        return _reduced(problem, backend, clock, work_limit, seed, gap, progress, pair)
     except Infeasible:
         return exact.Search("infeasible", None, np.inf)
 
@@ -87,7 +90,7 @@ def check(problem: Problem) -> None:
 
 def _reduced(
     problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int, gap: float,
-    progress: Progress | None,
+    progress: Progress | None, pair: bool,
 ) -> exact.Search:  # fmt: skip
     """Presolve, then elimination where it is enough, else the anytime search."""
     work = Work(problem)
@@ -98,7 +101,7 @@ def _reduced(
             return free
     report = None if progress is None else (lambda cost, bound, _: progress(cost, bound))
     exactly = backend == "auto"
-    return Anytime(work, clock, seed, work_limit, gap, report, try_exact=exactly).run()
+    return Anytime(work, clock, seed, work_limit, gap, report, exactly, pair).run()
 
 
 def _without_memory(work: Work, clock: Clock) -> exact.Search | None:

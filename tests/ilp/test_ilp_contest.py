@@ -22,6 +22,7 @@ from ilp_support import brute_force, random_problem
 from planner.ilp import Problem, Usage
 from planner.ilp.contest import as_problem, price, solve_file
 from planner.ilp.contest_reader import FORBIDDEN, BadProblem, parse
+from planner.ilp.partner import possible
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "iopddl"
@@ -230,18 +231,28 @@ def hard_problem() -> dict[str, Any]:
     }
 
 
+def wait_for_partner(pid: int) -> None:
+    """Until the process has a child; the test's watchdog ends it if it never has."""
+    children = Path(f"/proc/{pid}/task/{pid}/children")
+    while not children.read_text():
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("backend", ["auto", "lns"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_writes_the_incumbent(tmp_path: Path, number: int) -> None:
+def test_a_signal_writes_the_incumbent(tmp_path: Path, number: int, backend: str) -> None:
+    """And leaves no process behind: "lns" has a partner by then."""
     path, out = save(tmp_path, hard_problem()), tmp_path / "out.json"
     program = (
         "import sys; from planner.ilp.contest import solve_file\n"
         "p = lambda cost, bound: print(cost, flush=True)\n"
-        "r = solve_file(sys.argv[1], time_limit=600, out=sys.argv[2], progress=p)\n"
+        "r = solve_file(sys.argv[1], time_limit=600, backend=sys.argv[3], out=sys.argv[2],"
+        " progress=p)\n"
         "sys.exit(0 if r['interrupted'] else 5)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, str(path), str(out)], cwd=ROOT, text=True,
-        stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        [sys.executable, "-c", program, str(path), str(out), backend], cwd=ROOT, text=True,
+        start_new_session=True, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     watchdog = threading.Timer(120, process.kill)
     watchdog.start()
@@ -250,6 +261,8 @@ def test_a_signal_writes_the_incumbent(tmp_path: Path, number: int) -> None:
         for line in process.stdout:
             if float(line) < np.inf:
                 break
+        if backend == "lns" and possible():
+            wait_for_partner(process.pid)
         process.send_signal(number)
         begin = time.monotonic()
         process.stdout.read()
@@ -258,6 +271,8 @@ def test_a_signal_writes_the_incumbent(tmp_path: Path, number: int) -> None:
         watchdog.cancel()
         process.kill()
     assert time.monotonic() - begin < 30
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
     written = json.loads(out.read_text())
     raw = parse(path.read_bytes(), "text")
     cost, peak = price(raw, written["solution"])

@@ -196,3 +196,17 @@ def test_neighbourhood_search_is_deterministic() -> None:
     second = solve(problem, backend="lns", work_limit=20, seed=3)
     assert first.bound == second.bound
     assert np.array_equal(first.choice, second.choice)
+
+
+@settings(max_examples=20, deadline=None)
+@given(SEEDS, st.floats(0.01, 0.5))
+def test_neighbourhood_search_ends_at_the_gap_asked_for(seed: int, gap: float) -> None:
+    """The first news that is good enough is the last."""
+    told: list[bool] = []
+    outcome = solve(
+        from_seed(seed), backend="lns", work_limit=20, gap=gap,
+        progress=lambda cost, bound: told.append(cost - bound <= gap * abs(cost)),
+    )  # fmt: skip
+    assert not any(told[:-1])
+    if told and told[-1] and outcome.choice is not None:
+        assert outcome.gap <= gap * (1 + 1e-9)
