@@ -6,7 +6,7 @@ memory constraints added where the lowered program exceeds the limit, simulate w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
@@ -85,14 +85,20 @@ def plan_model(
 
 
 def price_annotations(
-    model: Model, mesh: LogicalMesh, annotation: Annotation, options: Options | None = None
-) -> Result:
+    model: Model, mesh: LogicalMesh, annotation: Annotation, options: Options | None = None,
+    as_laid: Collection[str] = (),
+) -> Result:  # fmt: skip
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
-    Tensors that the annotation leaves open get what the surrogate finds cheapest.
-    Raises PinError.
+    Tensors that the annotation leaves open get what the surrogate finds cheapest. Annotated
+    tensors in `as_laid` (and their cotangents and recomputations) are read as they lie, even
+    where resharding them first would be cheaper: what programs written by hand do.
+    Raises PinError, and Unsatisfiable if no op can read them so.
     """
-    return _Planning(model, mesh, options or Options(), annotation, None).unlimited()
+    planning = _Planning(
+        model, mesh, options or Options(), annotation, None, frozenset(as_laid)
+    )
+    return planning.unlimited()
 
 
 def reprice(
@@ -122,6 +128,7 @@ class _Planning:
     options: Options
     annotation: Annotation
     progress: Progress | None
+    as_laid: frozenset[str] = frozenset()
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
@@ -143,7 +150,9 @@ class _Planning:
     @cached_property
     def space(self) -> Space:
         self.say("pricing choices")
-        return Space(self.flow, self.mesh)
+        rigid = {n: axes for n, axes in self.annotation.items() if n in self.as_laid}
+        specs = pinned_specs(self.graph, rigid, dict(self.mesh.axes))
+        return Space(self.flow, self.mesh, specs)
 
     @cached_property
     def prefetched(self) -> set[str]:

@@ -91,7 +91,10 @@ def _close_accumulation(
             f"{name}.zero", [], tensor.dims, ex.c(0), dtype="f32",
             sizes=dict(zip(tensor.dims, tensor.shape, strict=True)),
         )  # fmt: skip
-        entry = scope.declare(replace(outer.lookup(zero), name=scope.unique(f"{name}.acc")))
+        role = outer.lookup(zero).role if name == loss else "gradient"
+        entry = scope.declare(
+            replace(outer.lookup(zero), name=scope.unique(f"{name}.acc"), role=role)
+        )
         value = ex.add(ex.x(0), ex.div(ex.x(1), ex.c(steps)))
         exit_ = scope.map(
             f"{name}.sum", [(entry, tensor.dims), (name, tensor.dims)], tensor.dims, value,

@@ -172,6 +172,8 @@ class _FlowBuilder:
         self.pins = pins
         self.tensors = flow.graph.all_tensors()
         self.held: set[int] = set()  # homes whose memory a conversion already accounts for
+        carried = (k.entry for site in flow.loops.values() for k in site.loop.carries)
+        self.accumulates = any(self.tensors[name].role == "gradient" for name in carried)
 
     # ---- scopes -------------------------------------------------------------------------
 
@@ -234,7 +236,7 @@ class _FlowBuilder:
     def _loop_uses(self, scope: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]
         for carry in loop.carries:
-            home = self.home(carry.entry, names=(carry.result,), category="activations")
+            home = self.home(carry.entry, names=(carry.result,))
             entry = Place("home", home=home.id)
             scope.use(carry.init, _Use(entry, site.enter, "carry", "", site.enter + 1))
             scope.sources[carry.result] = Place("home", home=home.id)
@@ -281,15 +283,17 @@ class _FlowBuilder:
 
     # ---- homes ----------------------------------------------------------------------------
 
-    def home(
-        self, name: str, *, names: Sequence[str] = (), stacked: int = 0, category: str = ""
-    ) -> Home:
-        """The home of tensor `name` (made on first call), shared with `names`."""
+    def home(self, name: str, *, names: Sequence[str] = (), stacked: int = 0) -> Home:
+        """The home of tensor `name` (made on first call), shared with `names`.
+
+        Gradients of an accumulated step may stay partial sums until all parts are added up.
+        """
         if name in self.flow.home_of:
             return self.flow.homes[self.flow.home_of[name][0]]
         t = self.tensors[name]
-        kind = category or ROLE_CATEGORIES[t.role]
-        home = self.new_home(name, t.shape, t.dtype, stacked, False, kind)
+        partial = self.accumulates and t.role == "gradient"
+        kind = ROLE_CATEGORIES[t.role]
+        home = self.new_home(name, t.shape, t.dtype, stacked, partial, kind)
         for n in (name, *names):
             self.flow.home_of[n] = (home.id, 0)
         return home
