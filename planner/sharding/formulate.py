@@ -86,7 +86,8 @@ class Space:
 
     def _allowed(self, op: Op) -> tuple[Choice, ...]:
         """The choices that read operands in the specs that `as_laid` demands."""
-        demanded = [(i, self.as_laid[name]) for i, name in enumerate(op.ins) if name in self.as_laid]
+        laid = self.as_laid
+        demanded = [(i, laid[name]) for i, name in enumerate(op.ins) if name in laid]
         found = OpChoices(op, self.mesh.axes).choices
         found = tuple(c for c in found if all(c.operand(op.rule, i) == s for i, s in demanded))
         if not found:

@@ -1,4 +1,4 @@
-"""Layouts that are given rather than found: read as they lie, gradients added up before they move."""
+"""Layouts that are given rather than found: read as they lie, gradients added up at home."""
 
 from __future__ import annotations
 
