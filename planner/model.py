@@ -12,12 +12,16 @@ from planner.graph.core import Graph
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "adafactor")
 REMAT_POLICIES = ("none", "full", "dots", "attention")
+SCHEDULES = ("gpipe", "1f1b", "interleaved", "circular")
+SEVERAL_CHUNKS = ("interleaved", "circular")  # schedules in which a device has several stages
+STACKED = ("gpipe", "circular")  # schedules of equal stages, which one SPMD program can hold
 
 
 @dataclass(frozen=True)
 class Training:
     """How a step is trained. `batch` counts sequences (or images) per optimizer step, all
-    `accumulation_steps` included; the forward graph is built for batch / accumulation_steps."""
+    `accumulation_steps` and `pipeline_microbatches` included; the forward graph is built for
+    one part."""
 
     batch: int
     optimizer: str = "adamw"
@@ -27,6 +31,25 @@ class Training:
     remat: str = "full"
     accumulation_steps: int = 1
     pipeline_microbatches: int = 1
+
+    @property
+    def parts(self) -> int:
+        """How often the forward graph runs in a step."""
+        return self.accumulation_steps * self.pipeline_microbatches
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Layers dealt out along mesh axis `axis`, in `interleave` pieces per device.
+
+    `inside`: what is no layer (embedding, softmax) belongs to the first and last stage; else it
+    runs outside of the pipeline, where the axis is free for other uses.
+    """
+
+    axis: str
+    schedule: str = "1f1b"
+    interleave: int = 1
+    inside: bool = True
 
 
 @dataclass(frozen=True)
@@ -52,6 +75,7 @@ class Model:
     graph: Graph
     training: Training
     tokens: int
+    pipeline: Pipeline | None = None
     mesh: str | None = None
     shape: Mapping[str, int] | str | None = None
     layout: Mapping[str, Mapping[str, int]] | None = None  # as meshes.logical takes it

@@ -30,7 +30,7 @@ def training_step(model: Model, keep: Collection[str] = ()) -> Graph:
     forward = fuse_graph(model.graph, keep)
     settings = model.training
     outer = _fresh_builder(settings)
-    steps = settings.accumulation_steps
+    steps = settings.parts
     if steps == 1:
         scope = outer
         for name in forward.inputs:

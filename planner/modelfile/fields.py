@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from planner.model import OPTIMIZERS, REMAT_POLICIES, Training
+from planner.model import OPTIMIZERS, REMAT_POLICIES, SCHEDULES, Pipeline, Training
 
 LARGEST = 2**48  # far above any size in use; keeps products of a few sizes printable
 
@@ -72,9 +72,7 @@ _AXES_SCHEMA = {
 
 Size = Annotated[Any, BeforeValidator(_size), WithJsonSchema(_SIZE_SCHEMA)]
 Axes = Annotated[Any, BeforeValidator(_axes), WithJsonSchema(_AXES_SCHEMA)]
-Value = Annotated[
-    Any, BeforeValidator(_scalar), WithJsonSchema({"type": ["number", "string"]})
-]
+Value = Annotated[Any, BeforeValidator(_scalar), WithJsonSchema({"type": ["number", "string"]})]
 AxisSize = Annotated[int, Field(gt=0, le=LARGEST)]
 # The tags of unions can be no keys of a file: they show up in the paths of errors.
 Shape = Annotated[
@@ -116,6 +114,21 @@ class TrainingFields(_Strict):
     )
     accumulation_steps: Size = Field(1, description="gradient accumulation: parts of the batch")
     pipeline_microbatches: Size = Field(1, description="parts of the batch in a pipeline")
+
+
+class PipelineFields(_Strict):
+    axis: Name = Field(description="mesh axis along which the layers are dealt out")
+    schedule: Literal[SCHEDULES] = Field(  # type: ignore[valid-type]
+        Pipeline.schedule, description="the order in which stages work on microbatches"
+    )
+    interleave: Size | None = Field(
+        None, description="stages per device of interleaved and circular schedules; 2 if left out"
+    )
+    inside: bool | None = Field(
+        None,
+        description="whether embedding and softmax belong to the first and last stage; else they "
+        "run outside of the pipeline, on all devices",
+    )
 
 
 class RepeatFields(_Strict):
@@ -168,6 +181,7 @@ class File(_Strict):
     )
     dims: dict[Name, Size] = Field({}, description="named sizes; a dim may be made of others")
     training: TrainingFields | None = Field(None, description="how a step is trained")
+    pipeline: PipelineFields | None = Field(None, description="layers in stages along a mesh axis")
     inference: dict[str, Any] | None = Field(None, description="not supported yet")
     architecture: dict[str, Any] | None = Field(None, description="a named builder: kind, sizes")
     graph: Graph | None = Field(None, description="a model of one's own: inputs, params, ops")

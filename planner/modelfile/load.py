@@ -23,7 +23,7 @@ from meshes import MeshError
 from meshes.yamltree import Listing, Node, Place, Scalar, Table, YamlProblem, parse, read_text
 from planner.graph.builder import GraphError
 from planner.graph.core import Graph
-from planner.model import Assumed, Model, Training
+from planner.model import SEVERAL_CHUNKS, STACKED, Assumed, Model, Pipeline, Training
 from planner.modelfile import compile as graphs
 from planner.modelfile import fields, overriding, validate
 from planner.modelfile.constraints import check_constraints
@@ -81,6 +81,7 @@ class _Loader:
         self.dims = self._dims({})
         self.training = self._training()
         mesh = self._mesh()
+        pipeline = self._pipeline()
         graph, settings = self._graph()
         constraints = self._constraints(graph) if graph else {}
         assumed = self._assumed()
@@ -93,13 +94,14 @@ class _Loader:
             graph=graph,
             training=training,
             tokens=self._tokens(graph, settings, training),
+            pipeline=pipeline,
             mesh=mesh.topology if mesh else None,
             shape=shape,
             layout=mesh.layout if mesh else None,
             constraints=constraints,
             assumed=assumed,
             published_parameters=self.data.get("published_parameters"),
-            digest=self._digest(settings, training),
+            digest=self._digest(settings, training, pipeline),
         )
 
     def _add(self, code: str, message: str, place: Place, hint: str = "") -> None:
@@ -200,15 +202,16 @@ class _Loader:
         return node
 
     def _micro_dims(self) -> Dims:
-        """Dims as one accumulation step sees them: the batch is only a part."""
-        steps = self.training.accumulation_steps if self.training else 1
-        if self.training is None or steps == 1:
+        """Dims as one run of the graph sees them: the batch is only a part."""
+        parts = self.training.parts if self.training else 1
+        if self.training is None or parts == 1:
             return self.dims
         name = self.data["training"].batch
         if isinstance(name, str) and name in self.dims:
-            return self._dims({name: self.training.batch // steps})
+            return self._dims({name: self.training.batch // parts})
+        key = _TRAINING_SIZES[1 if self.training.accumulation_steps > 1 else 2]
         self._add(
-            "bad-value", "accumulation_steps needs a batch that is the name of a dim",
+            "bad-value", f"{key} needs a batch that is the name of a dim",
             self._node("training", "batch").place,
             "write dims: {B: 1024} and batch: B, so that the graph can be built for a part",
         )  # fmt: skip
@@ -250,6 +253,63 @@ class _Loader:
         beside = Path(PurePath(self.file).parent / name)
         return beside if name.endswith((".yaml", ".yml")) or beside.is_file() else None
 
+    # ---- pipeline -----------------------------------------------------------------------------
+
+    def _pipeline(self) -> Pipeline | None:
+        given: fields.PipelineFields | None = self.data.get("pipeline")
+        training = self.training
+        if given is None:
+            if (
+                training is not None
+                and training.pipeline_microbatches > 1
+                and not (self.root.get("pipeline"))
+            ):
+                place = self._node("training", "pipeline_microbatches").place
+                message = "pipeline_microbatches needs a pipeline"
+                self._add("missing-key", message, place, "pipeline: {axis: pipe}")
+            return None
+        if self.shape is not None and given.axis not in self.shape:
+            message, hint = f"the mesh has no axis '{given.axis}'", nearest(given.axis, self.shape)
+            self._add("unknown-axis", message, self._node("pipeline", "axis").place, hint)
+        if training is not None and training.accumulation_steps > 1:
+            self._add(
+                "conflicting-keys", "a pipeline accumulates over its microbatches already",
+                self._node("training", "accumulation_steps").place,
+                "leave accumulation_steps out and raise pipeline_microbatches",
+            )  # fmt: skip
+        chunks, inside = self._interleave(given), self._inside(given)
+        return Pipeline(given.axis, given.schedule, chunks, inside)
+
+    def _interleave(self, given: fields.PipelineFields) -> int:
+        several = given.schedule in SEVERAL_CHUNKS
+        if given.interleave is None:
+            return 2 if several else 1
+        node = self._node("pipeline", "interleave")
+        try:
+            chunks = evaluate(given.interleave, self.dims)
+        except SizeError as error:
+            self._size_error(error, node)
+            return 1
+        except Unknown:  # reported where the dim is defined
+            return 1
+        if several == (chunks == 1):
+            which = "at least 2" if several else "1"
+            message = f"'pipeline.interleave' of schedule {given.schedule} is {which}"
+            hint = "the schedules with several stages per device are interleaved and circular"
+            self._add("bad-value", message, node.place, "" if several else hint)
+        return chunks
+
+    def _inside(self, given: fields.PipelineFields) -> bool:
+        """Where one program holds all stages they are equal: embedding and softmax are outside."""
+        stacked = given.schedule in STACKED
+        if given.inside is not None and given.inside == stacked:
+            message = f"schedule {given.schedule} has embedding and softmax " + (
+                "outside of the stages, which are equal" if stacked
+                else "in its first and last stage"
+            )  # fmt: skip
+            self._add("bad-value", message, self._node("pipeline", "inside").place)
+        return not stacked
+
     # ---- graph ----------------------------------------------------------------------------------
 
     def _graph(self) -> tuple[Graph | None, BaseModel | None]:
@@ -270,7 +330,7 @@ class _Loader:
         settings = self._settings()
         if settings is None or self.training is None:
             return None, settings
-        batch = self.training.batch // self.training.accumulation_steps
+        batch = self.training.batch // self.training.parts
         build = importlib.import_module("planner.architectures").build
         try:
             return build(settings, batch, self.training), settings
@@ -319,7 +379,7 @@ class _Loader:
         ids = [t for t in map(graph.tensors.__getitem__, graph.inputs) if t.dtype.startswith("i")]
         if not ids:
             return training.batch
-        return prod(ids[0].shape) * training.accumulation_steps
+        return prod(ids[0].shape) * training.parts
 
     # ---- what refers to the rest --------------------------------------------------------------
 
@@ -363,7 +423,9 @@ class _Loader:
         node = table.get(key)
         return node.place if node else table.place
 
-    def _digest(self, settings: BaseModel | None, training: Training) -> str:
+    def _digest(
+        self, settings: BaseModel | None, training: Training, pipeline: Pipeline | None
+    ) -> str:
         """Hash of what decides the step, whatever the file's spelling, comments and mesh."""
         graph = self.root.get("graph")
         content = {
@@ -373,6 +435,8 @@ class _Loader:
             "graph": _canonical(graph) if graph else None,
             "constraints": self.data.get("constraints", {}),
         }
+        if pipeline is not None:
+            content["pipeline"] = asdict(pipeline)
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -28,6 +28,7 @@ def test_every_key_is_documented() -> None:
     keys = set(fields.File.model_fields) | set(fields.TrainingFields.model_fields)
     keys |= {f"mesh.{key}" for key in fields.Mesh.model_fields}
     keys |= set(fields.AssumedFields.model_fields) | set(fields.RepeatFields.model_fields)
+    keys |= set(fields.PipelineFields.model_fields)
     keys |= set(fields.Graph.model_fields) | set(fields.RepeatBlock.model_fields)
     assert [key for key in sorted(keys) if f"`{key}`" not in DOCS] == []
 

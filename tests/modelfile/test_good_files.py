@@ -11,7 +11,7 @@ import pytest
 from meshes.yamltree import parse
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
-from planner.model import Assumed, Model, Training
+from planner.model import Assumed, Model, Pipeline, Training
 from planner.modelfile import ModelErrors, load_file, load_model, schema
 from planner.modelfile.scalars import plain_data
 from planner.values import reference
@@ -71,9 +71,7 @@ def test_design_example_computes_what_it_says() -> None:
 def test_training_step_descends_along_the_gradient(name: str, remat: str) -> None:
     """What SGD subtracts is the slope of the loss in a random direction, by finite differences."""
     small = SMALL if name == "design" else ()
-    step = training_step(
-        load(name, (*small, f"training.remat={remat}", "training.optimizer=sgd"))
-    )
+    step = training_step(load(name, (*small, f"training.remat={remat}", "training.optimizer=sgd")))
     inputs = reference.random_inputs(step)
     rng = np.random.default_rng(1)
     direction = {old: rng.normal(size=inputs[old].shape) for old in step.aliases.values()}
@@ -326,3 +324,28 @@ def _object_mismatch(part: Any, value: Any, root: Any, path: str) -> str:
         if found:
             return found
     return ""
+
+
+PIPELINED = "training: {batch: 64, pipeline_microbatches: 8}\n" + ARCHITECTURE
+
+
+def test_a_pipelines_graph_is_for_one_microbatch() -> None:
+    model = load_model(PIPELINED + "pipeline: {axis: pipe}\n", "m.yaml")
+    assert model.pipeline == Pipeline("pipe", "1f1b", 1, inside=True)
+    assert model.graph.tensors["tokens"].shape[0] == 8
+    plain = load_model("training: {batch: 64}\n" + ARCHITECTURE, "m.yaml")
+    assert model.tokens == plain.tokens
+    assert model.digest != plain.digest
+
+
+@pytest.mark.parametrize(
+    ("block", "wanted"),
+    [
+        ("{axis: p, schedule: interleaved}", Pipeline("p", "interleaved", 2)),
+        ("{axis: p, schedule: interleaved, interleave: 3}", Pipeline("p", "interleaved", 3)),
+        ("{axis: p, schedule: gpipe}", Pipeline("p", "gpipe", 1, inside=False)),
+        ("{axis: p, schedule: circular, inside: false}", Pipeline("p", "circular", 2, False)),
+    ],
+)
+def test_what_a_schedule_says_need_not_be_said(block: str, wanted: Pipeline) -> None:
+    assert load_model(f"{PIPELINED}pipeline: {block}\n", "m.yaml").pipeline == wanted
