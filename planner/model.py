@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from planner.graph.core import Graph
 
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "adafactor")
-REMAT_POLICIES = ("none", "full", "dots", "attention")
+REMAT_POLICIES = ("none", "full", "dots", "attention", "checkpoint")
+RECOMPUTES_ALL = ("full", "checkpoint")
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "circular")
 SEVERAL_CHUNKS = ("interleaved", "circular")  # schedules in which a device has several stages
 STACKED = ("gpipe", "circular")  # schedules of equal stages, which one SPMD program can hold

@@ -21,7 +21,7 @@ from planner.graph.derive import training_step
 from planner.graph.flops import count_flops
 from planner.ilp import Outcome, solve
 from planner.lowering.lower import lower, resolve_specs
-from planner.model import Model
+from planner.model import RECOMPUTES_ALL, Model
 from planner.pins import Annotation, pinned_specs
 from planner.plan import Plan, Proof
 from planner.report import amounts
@@ -364,7 +364,7 @@ def explain(result: Result) -> tuple[str, ...]:
     )
     relax = ["more devices"]
     if memory.parts["activations"] + memory.parts["temporaries"] > memory.peak_bytes / 4:
-        if training.remat != "full":
+        if training.remat not in RECOMPUTES_ALL:
             relax.append("training.remat: full")
         relax.append("a smaller training.batch, or more training.accumulation_steps")
     if memory.parts["optimizer"] > memory.peak_bytes / 4 and training.optimizer != "adafactor":

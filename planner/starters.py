@@ -27,7 +27,7 @@ training:
   {batch:<24}# {examples} per step
   optimizer: adamw          # sgd, momentum, adam, adamw, adafactor
   compute: bf16             # type of matrix products
-  remat: full               # none, full, dots, attention: what the backward pass recomputes
+  remat: full               # none, full, dots, attention, checkpoint: what is recomputed
 """
 
 _GRAPH = """\

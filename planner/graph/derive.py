@@ -17,7 +17,7 @@ from planner.graph.core import Carry, Graph, Loop, Node, Op, Stack, Tensor
 from planner.graph.fuse import fuse_graph, fuse_nodes
 from planner.graph.optimizers import update
 from planner.graph.vjp import VJPS, add_up
-from planner.model import Model, Training
+from planner.model import RECOMPUTES_ALL, Model, Training
 
 AGAIN = "~"  # suffix of a recomputed tensor
 
@@ -372,6 +372,8 @@ class Saved:
         cheap = self._parameter_only(slices)
         made = {o for n in nodes for o in n.outs}
         pending = [i for n in nodes for i in n.ins if i not in made]
+        if self.inner.policy == "checkpoint":  # even what the backward pass does not need
+            pending += [k.exit for k in self.loop.carries]
         needed: set[str] = set()
         reads: dict[str, Stack] = {}
         rename: dict[str, str] = {}
@@ -429,7 +431,7 @@ class Saved:
         if policy == "none":
             return True
         if isinstance(producer, Loop):
-            return policy != "full"  # what an inner loop saves or results in is not redone
+            return policy not in RECOMPUTES_ALL  # what an inner loop saves or results in is not redone
         if policy == "dots":
             return contraction_sizes(producer) is not None and any(i in cheap for i in producer.ins)
         if policy == "attention":
