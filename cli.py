@@ -349,6 +349,29 @@ def solve(
 
 
 @cli.command()
+@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE",
+              help="Only these runs: a suite that ships, or a file (YAML, or CSV of vTrain).")
+@click.option("--max-error", type=FRACTION, metavar="8%",
+              help="Exit 1 if a suite's mean error is larger.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text",
+              help="What to print.")
+@common
+def validate(
+    suites: tuple[str, ...], max_error: float | None, form: str, quiet: bool, color: str
+) -> int:
+    """Simulates published runs as they were made, and compares with what was measured."""
+    from planner.report import validation
+    from planner.report.console import Screen
+    from planner.validation.scores import validate
+
+    screen = Screen(quiet, color)
+    with screen.progress() as progress:
+        results = validate(suites, progress)
+    validation.show(screen, results, form)
+    return OK if validation.within(screen, results, max_error) else NO
+
+
+@cli.command()
 @click.argument("kind", default="decoder")
 @common
 def init(kind: str, quiet: bool, color: str) -> int:

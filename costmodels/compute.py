@@ -45,6 +45,7 @@ class Efficiency:
     result_s: seconds per result element, by bytes of an element.
     stream: fraction of HBM bytes/s of element-wise passes, by bytes of an element.
     tiles: (m, n, fraction of a multiprocessor's peak), GPUs only.
+    eager_dispatch_s: Chip.dispatch_s of a machine whose framework issues op by op.
     """
 
     compute: float
@@ -56,6 +57,7 @@ class Efficiency:
     stream: tuple[tuple[int, float], ...]
     tiles: tuple[tuple[int, int, float], ...]
     splits: tuple[int, ...]
+    eager_dispatch_s: float = 0.0
 
 
 def matmul_seconds(
@@ -204,6 +206,7 @@ def efficiency(name: str) -> Efficiency:
         stream=_table(data["stream"]),
         tiles=tuple((int(m), int(n), float(e)) for m, n, e in data.get("tiles", ())),
         splits=tuple(data.get("splits", (1,))),
+        eager_dispatch_s=float(data.get("eager_dispatch_s", 0)),
     )
 
 

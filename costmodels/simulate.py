@@ -16,7 +16,8 @@ Where a framework issues op by op, `chip.dispatch_s` is the time the host takes 
 starts before it is issued, and the host runs ahead by at most QUEUE instructions.
 
 compute_s is the time in which the compute stream works or waits for the host,
-exposed_communication_s the time in which it waits for the network. Programs have no pipeline stages yet, so bubble_s is zero.
+exposed_communication_s the time in which it waits for the network. Programs have no pipeline
+stages yet, so bubble_s is zero.
 """
 
 from __future__ import annotations
@@ -278,8 +279,8 @@ class _Simulation:
         unfinished = tuple(time if time == _NEVER else ahead(time) for time in old)
         behind = min(now - self.host, QUEUE * self.dispatch)
         return (
-            behind, ahead(self.network), before is None, tuple(sorted(pending)), tuple(known), unfinished,
-            tuple(sorted(waiting)),
+            behind, ahead(self.network), before is None, tuple(sorted(pending)), tuple(known),
+            unfinished, tuple(sorted(waiting)),
         )  # fmt: skip
 
     def _skip(

@@ -29,6 +29,8 @@ class Training:
     compute: str = "bf16"
     params: str = "f32"
     states: str = "f32"
+    master: bool = False
+    gradients: str = "f32"
     remat: str = "full"
     accumulation_steps: int = 1
     pipeline_microbatches: int = 1

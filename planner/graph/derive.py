@@ -44,7 +44,9 @@ def training_step(model: Model, keep: Collection[str] = ()) -> Graph:
     loss, gradients = _differentiate(scope, forward, settings, frozenset(keep), cotangents)
     whole = {*keep, *(cotangents[t] for t in keep if t in cotangents)}
     if steps > 1:
-        loss, gradients = _close_accumulation(outer, scope, loss, gradients, steps, whole)
+        loss, gradients = _close_accumulation(
+            outer, scope, loss, gradients, steps, whole, settings.gradients
+        )
     aliases: dict[str, str] = {}
     outer.phase = "update"
     for name, gradient in gradients.items():
@@ -81,14 +83,15 @@ def _declare_accumulated_input(outer: Builder, scope: Builder, t: Tensor, steps:
 
 def _close_accumulation(
     outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], steps: int,
-    keep: Collection[str],
+    keep: Collection[str], gradient_dtype: str,
 ) -> tuple[str, dict[str, str]]:  # fmt: skip
     """Gradients (and the loss) become carried sums over the microbatches, then means."""
     carries = []
     for name in (loss, *gradients.values()):
         tensor = scope.lookup(name)
+        dtype = "f32" if name == loss else gradient_dtype
         zero = outer.map(
-            f"{name}.zero", [], tensor.dims, ex.c(0), dtype="f32",
+            f"{name}.zero", [], tensor.dims, ex.c(0), dtype=dtype,
             sizes=dict(zip(tensor.dims, tensor.shape, strict=True)),
         )  # fmt: skip
         role = outer.lookup(zero).role if name == loss else "gradient"
@@ -98,7 +101,7 @@ def _close_accumulation(
         value = ex.add(ex.x(0), ex.div(ex.x(1), ex.c(steps)))
         exit_ = scope.map(
             f"{name}.sum", [(entry, tensor.dims), (name, tensor.dims)], tensor.dims, value,
-            dtype="f32",
+            dtype=dtype,
         )  # fmt: skip
         carries.append((zero, entry, exit_))
     carried = {n for _, entry, exit_ in carries for n in (entry, exit_)}
@@ -431,7 +434,8 @@ class Saved:
         if policy == "none":
             return True
         if isinstance(producer, Loop):
-            return policy not in RECOMPUTES_ALL  # what an inner loop saves or results in is not redone
+            # What an inner loop saves or results in is not redone.
+            return policy not in RECOMPUTES_ALL
         if policy == "dots":
             return contraction_sizes(producer) is not None and any(i in cheap for i in producer.ins)
         if policy == "attention":

@@ -1,0 +1,107 @@
+"""What is predicted for a run: its model, mesh and layout through lowering and simulation.
+
+Nothing is chosen here: the layout says where every tensor lies, and what it leaves open is
+completed at least cost, as `plan simulate` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from os import cpu_count
+
+import meshes
+import yaml
+from costmodels.compute import efficiency
+from meshes import LogicalMesh, Topology
+from planner.errors import InputError
+from planner.model import Model
+from planner.modelfile import ModelErrors, load_model, render
+from planner.planning import price_annotations
+from planner.result import Result
+from planner.validation.layouts import lay
+from planner.validation.runs import Run, Suite
+
+SEVERAL = 12  # runs from which on starting other processes pays
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Figures of `Measured`, predicted. `fits`: without any headroom."""
+
+    step_time_s: float
+    mfu: float
+    hfu: float
+    peak_bytes: int
+    fits: bool
+
+
+def simulate_run(run: Run) -> Result:
+    """The run, lowered and simulated as it was made; InputError if it cannot be."""
+    model = load(run)
+    if model.mesh is None or not isinstance(model.shape, dict):
+        raise InputError(f"{run.id}: its model needs a mesh with a shape")
+    topology = _topology(model.mesh, run.eager, run.network_bytes_per_s)
+    mesh = meshes.logical(topology, dict(model.shape), model.layout)
+    unknown = _axes(run) - set(dict(mesh.axes))
+    if unknown:
+        raise InputError(f"{run.id}: the mesh has no axis {sorted(unknown)[0]!r}")
+    laid = lay(model, run.layout, dict(mesh.axes))
+    return price_annotations(model, mesh, laid.annotation, as_laid=laid.as_laid)
+
+
+def predict(run: Run) -> Prediction:
+    result = simulate_run(run)
+    return Prediction(
+        result.timing.step_time_s, result.mfu, result.hfu, result.memory.peak_bytes,
+        result.memory.peak_bytes <= result.limit_bytes,
+    )  # fmt: skip
+
+
+def predictions(suite: Suite) -> Iterator[Prediction]:
+    """One per run, in their order; on all cores if there are many."""
+    workers = cpu_count() or 1
+    if len(suite.runs) < SEVERAL or workers == 1:
+        yield from map(predict, suite.runs)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        yield from pool.map(predict, suite.runs, chunksize=_chunk(suite.runs, workers))
+
+
+def _chunk(runs: Sequence[Run], workers: int) -> int:
+    """Few enough that workers end together, many enough that handing out costs nothing."""
+    return max(1, min(8, len(runs) // (4 * workers)))
+
+
+def load(run: Run) -> Model:
+    text = yaml.safe_dump(dict(run.model), sort_keys=False)
+    try:
+        return load_model(text, run.id)
+    except ModelErrors as errors:
+        raise InputError(f"{run.id}: {render(errors.diagnostics)}") from None
+
+
+@lru_cache(maxsize=64)
+def _topology(name: str, eager: bool, network_bytes_per_s: float | None) -> Topology:
+    """The machine; for eager frameworks with the host's time to issue an instruction."""
+    topology = meshes.resolve(name)
+    if network_bytes_per_s is not None:
+        links = tuple(
+            replace(link, bytes_per_s=network_bytes_per_s) if link.kind == "network" else link
+            for link in topology.links
+        )
+        topology = replace(topology, links=links)
+    if not eager:
+        return topology
+    chip = topology.chip
+    dispatch_s = efficiency(chip.efficiency).eager_dispatch_s
+    return replace(topology, chip=replace(chip, dispatch_s=dispatch_s))
+
+
+def _axes(run: Run) -> set[str]:
+    rules = (run.layout.parameters, run.layout.activations, run.layout.states or {})
+    return {axis for rule in rules for axes in rule.values() for axis in axes}
+
+
