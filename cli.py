@@ -75,6 +75,18 @@ class PlanGroup(DefaultGroup):
         self.format_commands(ctx, formatter)
 
 
+class DefaultContext(click.Context):
+    """Of the default command: what is said about usage leaves its name out, as people do."""
+
+    @property
+    def command_path(self) -> str:
+        return self.parent.command_path if self.parent else super().command_path
+
+
+class DefaultCommand(click.Command):
+    context_class = DefaultContext
+
+
 def options(*decorators: Callable[[Any], Any]) -> Callable[[Command], Command]:
     def add(function: Command) -> Command:
         for decorator in reversed(decorators):
@@ -136,7 +148,7 @@ def cli() -> None:
     """
 
 
-@cli.command("plan", hidden=True)
+@cli.command("plan", cls=DefaultCommand, hidden=True)
 @click.argument("model")
 @placing
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="DIR",
@@ -207,6 +219,8 @@ def simulate(
               help="A plan file whose peak memory and step time must not be exceeded.")
 @click.option("--tolerance", type=FRACTION, default="2%", show_default=True,
               help="By how much the baseline may be exceeded.")
+@click.option("--compiled", is_flag=True, help="The memory verdict is that of XLA's compiler.")
+@click.option("--python", metavar="PATH", help="Interpreter of an environment that has it.")
 @click.option("--format", "form", type=click.Choice(["text", "json", "github"]), default="text",
               help="What to print.")
 @solving
@@ -214,7 +228,8 @@ def simulate(
 def check(
     models: tuple[str, ...], plan_file: Path | None, annotations: Path | None,
     max_step_time: float | None, min_utilization: float | None, baseline: Path | None,
-    tolerance: float, form: str, quiet: bool, color: str, **rest: Any,
+    tolerance: float, compiled: bool, python: str | None, form: str, quiet: bool, color: str,
+    **rest: Any,
 ) -> int:
     """Verdicts for CI: does every MODEL fit, is it fast enough, has it become worse?"""
     from planner.checks import Limits, check
@@ -222,18 +237,22 @@ def check(
     from planner.report import findings
     from planner.report.console import Screen
     from planner.request import plan
+    from planner.verify import compile_result
 
+    if python and not compiled:
+        raise click.UsageError("--python is for --compiled")
     if len(models) > 1 and (plan_file or annotations or baseline):
         raise click.UsageError("--plan, --annotations and --baseline are for one MODEL")
     screen = Screen(quiet, color)
     before = planfile.load(baseline) if baseline else None
     limits = Limits(max_step_time, min_utilization, before, tolerance)
+    compiler = partial(compile_result, python=python) if compiled else None
     checks = []
     for model in models:
         request = _request(model=model, **rest)
         with screen.progress() as progress:
             price = _given(request, plan_file, annotations) or partial(plan, request, progress)
-            checks.append(check(request.source.file, price, limits))
+            checks.append(check(request.source.file, price, limits, compiler))
     findings.show(screen, checks, form)
     return OK if all(c.ok for c in checks) else NO
 

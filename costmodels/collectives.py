@@ -34,7 +34,8 @@ def collective_seconds(
 
     `payload_bytes` is the full payload on one device: the all-gather result, the
     reduce-scatter, all-reduce, all-to-all or permute operand. A permute over one axis is a
-    shift to the neighbour, over several an arbitrary exchange, as heavy as an all-to-all.
+    shift to the neighbour, over several an arbitrary exchange, as heavy as an all-to-all;
+    `shift` is a permute between neighbours over any axes.
     Zero for a group of one device and for `slice`, which moves nothing. Raises ValueError for
     an unknown kind or negative bytes, MeshError for an unknown axis.
     """
@@ -43,7 +44,7 @@ def collective_seconds(
     size = np.asarray(payload_bytes, dtype=float)
     if np.any(size < 0) or not np.all(np.isfinite(size)):
         raise ValueError(f"payload_bytes must be finite and not negative, got {payload_bytes!r}")
-    seconds = _seconds(kind, group, size, shift=len(names) == 1)
+    seconds = _seconds(kind, group, size, shift=kind == "shift" or len(names) == 1)
     return float(seconds) if seconds.ndim == 0 else seconds
 
 
@@ -63,7 +64,8 @@ def _seconds(kind: str, group: Group, size: np.ndarray, *, shift: bool) -> np.nd
 
 
 _KINDS = (
-    "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "slice",
+    "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute", "shift",
+    "slice",
 )  # fmt: skip
 
 

@@ -28,27 +28,24 @@ def kernel_seconds(chip: Chip, kernel: Kernel) -> float:
         return float(matmul_seconds(chip, batch, m, n, k, kernel.dtype))
     if kernel.bytes == 0:
         return 0.0
-    return float(stream_seconds(chip, kernel.bytes, kernel.vector_flops))
+    return float(stream_seconds(chip, kernel.bytes, kernel.vector_flops, kernel.dtype))
 
 
 def many_kernel_seconds(chip: Chip, kernels: Sequence[Kernel]) -> NDArray[np.float64]:
     """`kernel_seconds` of each, priced together: what a search over many choices calls."""
     seconds = np.zeros(len(kernels))
-    matmuls: dict[str, list[int]] = {}
-    streams = []
+    alike: dict[tuple[bool, str], list[int]] = {}
     for i, kernel in enumerate(kernels):
-        if kernel.matmul is not None:
-            matmuls.setdefault(kernel.dtype, []).append(i)
-        elif kernel.bytes:
-            streams.append(i)
-    for dtype, rows in matmuls.items():
-        batch, m, n, k = np.array([kernels[i].matmul for i in rows], dtype=float).T
-        seconds[rows] = matmul_seconds(chip, batch, m, n, k, dtype)
-    if streams:
-        moved = np.array([kernels[i].bytes for i in streams])
-        seconds[streams] = stream_seconds(
-            chip, moved, np.array([kernels[i].vector_flops for i in streams])
-        )
+        if kernel.matmul is not None or kernel.bytes:
+            alike.setdefault((kernel.matmul is not None, kernel.dtype), []).append(i)
+    for (product, dtype), rows in alike.items():
+        if product:
+            batch, m, n, k = np.array([kernels[i].matmul for i in rows], dtype=float).T
+            seconds[rows] = matmul_seconds(chip, batch, m, n, k, dtype)
+            continue
+        moved = np.array([kernels[i].bytes for i in rows])
+        work = np.array([kernels[i].vector_flops for i in rows])
+        seconds[rows] = stream_seconds(chip, moved, work, dtype)
     return seconds
 
 
@@ -56,7 +53,7 @@ def move_seconds(
     mesh: LogicalMesh, kind: str, axes: tuple[str, ...], payload_bytes: float
 ) -> float:
     """Time of one collective of `payload_bytes` (see Collective) over `axes`."""
-    if kind not in MOVES:
+    if kind not in (*MOVES, "shift"):
         return 0.0  # local slices and masks fuse into their readers
     return float(collective_seconds(mesh, kind, axes, payload_bytes))
 
@@ -80,14 +77,17 @@ class Prices:
 
     def seconds(self, instruction: Instruction) -> float:
         if isinstance(instruction, Compute):
-            return self._kernel(instruction.kernel)
-        key = (instruction.kind, instruction.axes, instruction.bytes)
+            return self.kernel(instruction.kernel)
+        return self.move(instruction.pattern, instruction.axes, instruction.bytes)
+
+    def move(self, kind: str, axes: tuple[str, ...], payload_bytes: int) -> float:
+        key = (kind, axes, payload_bytes)
         found = self._moves.get(key)
         if found is None:
             found = self._moves[key] = move_seconds(self.mesh, *key)
         return found
 
-    def _kernel(self, kernel: Kernel) -> float:
+    def kernel(self, kernel: Kernel) -> float:
         key = (kernel.matmul, kernel.dtype, kernel.bytes, kernel.vector_flops)
         found = self._kernels.get(key)
         if found is None:

@@ -44,6 +44,7 @@ class Buffer:
 class Kernel:
     """One local computation.
 
+    `dtype`: of the operands of a contraction; of other work, the narrowest type it touches.
     `matmul` is (batch, m, n, k) for contractions. `bytes` is what it moves through device
     memory, `vector_flops` its elementwise work. `model_flops` counts the useful matmul work.
     """
@@ -92,10 +93,17 @@ class Collective:
     reduce: str = "sum"
     tensor: str = ""
     phase: str = "forward"
+    shift: int = 0
+    width: int = 0
 
     @property
     def ins(self) -> tuple[int, ...]:
         return (self.source,)
+
+    @property
+    def pattern(self) -> str:
+        """What its price depends on: `kind`, or `shift` where only neighbours exchange."""
+        return "shift" if self.shift else self.kind
 
     @property
     def outs(self) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """What `plan check` asks of a result, and the answers: one Finding per question.
 
-Judging only; how findings are shown is for `report.findings`.
+Judging only; how findings are shown is for `report.findings`. Whether it fits is answered by the
+prediction, or by a compiler if one is given.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from planner.export.planfile import PlanFile
 from planner.export.stamp import Stale
 from planner.report import amounts
 from planner.request import Planned
+from planner.result import Result
+from planner.verify.compile import Compiled
+
+Compiler = Callable[[Result], Compiled]
 
 
 @dataclass(frozen=True)
@@ -51,19 +56,22 @@ class Check:
         return all(f.ok for f in self.findings)
 
 
-def check(file: str, price: Callable[[], Planned], limits: Limits) -> Check:
-    """Judges what `price` returns; a stale file is a finding, not an error."""
+def check(
+    file: str, price: Callable[[], Planned], limits: Limits, compiler: Compiler | None = None
+) -> Check:
+    """Judges what `price` returns; a stale file is a finding, not an error. What `compiler` says
+    of the memory counts instead of the prediction."""
     try:
         planned = price()
     except Stale as stale:
         text = f"{stale}; refresh with: {stale.refresh}"
         return Check(file, (Finding("stale", False, text),))
-    return Check(file, tuple(_findings(planned, limits)), planned)
+    memory = _memory(planned) if compiler is None else _compiled(planned.result, compiler)
+    return Check(file, (memory, *_budgets(planned, limits)), planned)
 
 
-def _findings(planned: Planned, limits: Limits) -> Iterator[Finding]:
+def _budgets(planned: Planned, limits: Limits) -> Iterator[Finding]:
     result = planned.result
-    yield _memory(planned)
     step_s = result.timing.step_time_s
     if limits.max_step_time_s is not None:
         ok = step_s <= limits.max_step_time_s
@@ -95,6 +103,18 @@ def _memory(planned: Planned) -> Finding:
     if planned.explanation:
         text = planned.explanation[0]
     return Finding("memory", result.fits, text, float(peak), float(limit))
+
+
+def _compiled(result: Result, compiler: Compiler) -> Finding:
+    """The compiler's verdict: no headroom, because nothing is predicted."""
+    compiled, limit = compiler(result), result.limit_bytes
+    peak, predicted = compiled.peak_bytes, amounts.size(result.memory.peak_bytes)
+    fits = compiled.status == "compiled" and peak is not None and peak <= limit
+    least = "" if compiled.status == "compiled" else "at least "
+    needed = "more than there is" if peak is None else f"{least}{amounts.size(peak)}"
+    text = f"{'fits' if fits else 'does not fit'}: {needed} of {amounts.size(limit)} per device "
+    text += f"by the {compiled.backend} compiler, {predicted} predicted"
+    return Finding("memory", fits, text, None if peak is None else float(peak), float(limit))
 
 
 def _regression(

@@ -34,6 +34,7 @@ from planner.tying import tied_annotation, tied_meshes, untied
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
 WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
+ENOUGH_GAP = 0.001  # differences of simulated times below this are noise
 LEAST_TIME_S = 1.0  # given to a solve that starts late
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
@@ -90,15 +91,14 @@ def price_annotations(
 ) -> Result:  # fmt: skip
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
-    Tensors that the annotation leaves open get what the surrogate finds cheapest. Annotated
-    tensors in `as_laid` (and their cotangents and recomputations) are read as they lie, even
-    where resharding them first would be cheaper: what programs written by hand do.
-    Raises PinError, and Unsatisfiable if no op can read them so.
+    Tensors that the annotation leaves open get what the surrogate finds cheapest, within the
+    memory if that is possible. Annotated tensors in `as_laid` (and their cotangents and
+    recomputations) are read as they lie, even where resharding them first would be cheaper: what
+    programs written by hand do. Raises PinError, and Unsatisfiable if no op can read them so.
     """
-    planning = _Planning(
-        model, mesh, options or Options(), annotation, None, frozenset(as_laid)
-    )
-    return planning.unlimited()
+    options = replace(options or Options(), least_memory=False)
+    planning = _Planning(model, mesh, options, annotation, None, frozenset(as_laid))
+    return planning.completed()
 
 
 def reprice(
@@ -214,9 +214,14 @@ class _Planning:
             self.lowered(replace(plan, proof=Proof("heuristic", objective, bound, gap, seconds)))
         )
 
-    def unlimited(self) -> Result:
-        outcome = self.solved(None, OVERLAP_WEIGHTS[0])
-        return self.result(self.candidate(outcome, "given"))
+    def completed(self) -> Result:
+        """What is left open fits if it can: least cost alone would replicate what costs nothing."""
+        try:
+            found = self.fitting(OVERLAP_WEIGHTS[0])
+        except Unsolved:
+            found = self.candidate(self.solved(None, OVERLAP_WEIGHTS[0]))
+        proof = replace(found.plan.proof, status="given")
+        return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
     def read(self, plan: Plan) -> Result:
         expected = {site.op.origin or name for name, site in self.flow.sites.items()}
@@ -268,7 +273,7 @@ class _Planning:
         self.say(f"solving for {problem.size} decisions")
         return solve(
             problem, backend=self.options.backend, time_limit=self.time_left(),
-            work_limit=WORK_LIMIT, seed=self.options.seed,
+            work_limit=WORK_LIMIT, seed=self.options.seed, gap=ENOUGH_GAP,
         )  # fmt: skip
 
     def time_left(self) -> float | None:

@@ -68,7 +68,8 @@ def text(kind: str) -> str:
     words = "sequences" if "sequence" in settings else "examples"
     title = f"A model of kind {kind}, with the numbers of {example['name']}"
     head = _head(title, kind, words, example["mesh"]["topology"], example["training"]["batch"])
-    lines = ["architecture:", f"  kind: {kind}"]
+    sizes = [f"dims: {_flow(example['dims'])}"] if "dims" in example else []
+    lines = [*sizes, "architecture:", f"  kind: {kind}"]
     lines += [_line(name, field, settings) for name, field in _fields(kind).items()]
     return head + "\n".join(lines) + "\n"
 
@@ -88,9 +89,12 @@ def _line(name: str, field: Any, settings: Mapping[str, Any]) -> str:
     """A setting that the example gives; others as comments with their defaults."""
     given = name in settings or field.default is PydanticUndefined
     value = settings.get(name, field.default)
-    shown = yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
-    line = f"  {'' if given else '# '}{name}: {shown}"
+    line = f"  {'' if given else '# '}{name}: {_flow(value)}"
     return f"{line:<{_COMMENT_COLUMN}}# {field.description}" if field.description else line
+
+
+def _flow(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6).split("\n")[0]
 
 
 def _example(kind: str) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Named architectures: a few numbers in, a forward graph out.
 
 ARCHITECTURES maps the `kind` of a model file to its settings; `build` makes the graph, whose
-first output is the scalar loss.
+first output is the scalar loss. STACKS are the layers alone, for graphs of one's own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from planner.architectures.settings import (
     UNet,
     VisionTransformer,
 )
+from planner.architectures.stacks import STACKS
 from planner.architectures.vision import conformer, vision_transformer
 from planner.graph.builder import Builder
 from planner.graph.core import Graph
@@ -49,4 +50,4 @@ def build(architecture: Architecture, batch: int, training: Training) -> Graph:
     return b.graph([loss])
 
 
-__all__ = ["ARCHITECTURES", "Architecture", "build"]
+__all__ = ["ARCHITECTURES", "STACKS", "Architecture", "build"]

@@ -54,16 +54,18 @@ def vision_transformer(b: Builder, s: VisionTransformer, batch: int) -> str:
 def conformer(b: Builder, s: Conformer, batch: int) -> str:
     """Subsampling, conformer layers, a prediction per position; returns the loss."""
     length = s.frames // SUBSAMPLING
-    frames = b.input(
-        "frames", (batch, s.frames, s.features, 1), ("B", "Y", "X", "C"), b.compute
-    )
+    frames = b.input("frames", (batch, s.frames, s.features, 1), ("B", "Y", "X", "C"), b.compute)
     targets = b.input("targets", (batch, length), TOKENS[:2], "i32")
-    x = subsampled(b, s, frames)
-    body = b.repeat("layers", s.layers)
-    entry = body.enter(x)
-    (x,) = body.end_repeat([(x, entry, conformer_layer(body, entry, s))])
+    x = conformer_stack(b, "layers", subsampled(b, s, frames), s)
     w = b.param("unembed", (s.d_model, s.vocab), ("D", "V"))
     return layers.cross_entropy(b, b.einsum("B S D, D V -> B S V", x, w, name="logits"), targets)
+
+
+def conformer_stack(b: Builder, name: str, x: str, s: Conformer) -> str:
+    """The conformer layers as a repeat called `name`."""
+    body = b.repeat(name, s.layers)
+    entry = body.enter(x)
+    return body.end_repeat([(x, entry, conformer_layer(body, entry, s))])[0]
 
 
 def subsampled(b: Builder, s: Conformer, x: str) -> str:

@@ -51,7 +51,8 @@ class Rule:
     """Factors of an op, and for every operand and result dimension the factors it is made of.
 
     `linear`: operand groups; if all operands of a group are partial sums over an axis, so is
-    the result. `combiner`: how partial results of reduce factors are combined.
+    the result. `combiner`: how partial results of reduce factors are combined. `windows`: for
+    every spatial dimension the factors of x and of y, which are only split together.
     """
 
     factors: tuple[Factor, ...]
@@ -59,6 +60,7 @@ class Rule:
     outs: tuple[Dims, ...]
     linear: tuple[tuple[int, ...], ...] = ()
     combiner: str = "sum"
+    windows: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,12 @@ class Window:
         )
 
     def attrs(self) -> dict[str, Any]:
-        return dict(vars(self))
+        """What evaluation needs. Besides the window itself: `results`, and where in the padded x
+        its `own` points begin, for every shard (`crops`; whole here, so there is one)."""
+        return {
+            **vars(self), "results": self.results, "own": self.spatial,
+            "crops": tuple((low,) for low, _ in self.padding),
+        }  # fmt: skip
 
 
 def reach(taps: int, dilation: int) -> int:
@@ -245,6 +250,7 @@ class _Form:
 
     factors: tuple[Factor, ...]
     dims: Mapping[str, Dims]
+    windows: tuple[tuple[int, int], ...]
     attrs: Mapping[str, Any]
 
 
@@ -288,7 +294,7 @@ def _form(
         "work": 0,  # all of it on the matrix unit
         "parts": {"b": (*group,), "c": (c,), "n": (n,), "rows": (*batch, *outer), "taps": (*taps,)},
     }  # fmt: skip
-    return _Form(tuple(found.factors), dims, attrs)
+    return _Form(tuple(found.factors), dims, tuple(zip(inner, outer, strict=True)), attrs)
 
 
 def _single(factors: Sequence[int]) -> Dims:
@@ -312,7 +318,10 @@ def _emit_form(
         "x": (parts["rows"], parts["c"], (*parts["n"], *parts["taps"])),
         "w": ((*parts["c"], *parts["taps"]), parts["n"], parts["rows"]),
     }[result]
-    rule = Rule(factors, (form.dims[first], form.dims[second]), (form.dims[result],), ((0,), (1,)))
+    rule = Rule(
+        factors, (form.dims[first], form.dims[second]), (form.dims[result],), ((0,), (1,)),
+        windows=form.windows,
+    )  # fmt: skip
     attrs = {**form.attrs, "matmul": (parts["b"], m, n, k)}
     return emit(b, kind, (operands[first], operands[second]), [out], rule, attrs)[0]
 
@@ -323,7 +332,7 @@ def _conv_vjp(
     first, second, result = ROLES[op.kind]
     dims = {first: op.rule.ins[0], second: op.rule.ins[1], result: op.rule.outs[0]}
     values = {first: op.ins[0], second: op.ins[1], result: cotangents[op.outs[0]]}
-    form = _Form(op.rule.factors, dims, op.attrs)
+    form = _Form(op.rule.factors, dims, op.rule.windows, op.attrs)
     roles = (first, second)
     return {j: _emit_form(b, roles[j], values, form, _gradient(b, op.ins[j])) for j in wanted}
 
@@ -392,6 +401,7 @@ def _pool(
     rule = Rule(
         tuple(found.factors), (_single((*lead, *inner, channel)),),
         (_single((*lead, *outer, channel)),), linear, combiner,
+        tuple(zip(inner, outer, strict=True)),
     )  # fmt: skip
     shape = (*t.shape[:first], *w.results, t.shape[-1])
     attrs = {**w.attrs(), "visits": (*lead, channel, *outer, *window), "work": 1}
@@ -404,7 +414,7 @@ def _max_pool_vjp(
     """x, its maxima and their cotangents → cotangents at the places of the maxima."""
     ins = (op.ins[0], op.outs[0], cotangents[op.outs[0]])
     x, y = op.rule.ins[0], op.rule.outs[0]
-    rule = Rule(op.rule.factors, (x, y, y), (x,), ((2,),))
+    rule = Rule(op.rule.factors, (x, y, y), (x,), ((2,),), windows=op.rule.windows)
     out = _gradient(b, op.ins[0])
     return {0: emit(b, "max_pool_dx", ins, [out], rule, op.attrs)[0]}
 

@@ -26,7 +26,7 @@ from planner.ilp.work import Infeasible, Work
 Ints = NDArray[np.int64]
 Progress = Callable[[float, float], None]
 
-SMALL_CELLS = 150_000
+SMALL_CELLS = 500_000
 """Finite matrix entries up to which branch and bound is worth trying on the whole."""
 DUAL_SHARE = 0.15
 """Part of the time that the first ascent may take once a choice fits."""
@@ -51,12 +51,16 @@ MEMORY_FIRST = 1e-3
 
 @dataclass
 class Anytime:
-    """The search on one presolved problem. `choice` (indexed by node, not expanded) fits."""
+    """The search on one presolved problem. `choice` (indexed by node, not expanded) fits.
+
+    A choice that costs at most the share `gap` above the bound ends it.
+    """
 
     work: Work
     clock: Clock
     seed: int = 0
     work_limit: int | None = None
+    gap: float = 0.0
     report: Callable[[float, float, Ints | None], None] | None = None
     try_exact: bool = True
     choice: Ints | None = None
@@ -106,10 +110,11 @@ class Anytime:
     # ---- phases -----------------------------------------------------------------------------
 
     def _exact(self, clock: Clock) -> bool:
-        """Branch and bound on everything; True when it finished."""
+        """Branch and bound on everything; True when it finished or came close enough."""
         found = exact.search(
-            self.work, clock=clock, nodes=self.work_limit, upper=self.cost, seed=self.seed
-        )
+            self.work, clock=clock, nodes=self.work_limit, gap=self.gap, upper=self.cost,
+            seed=self.seed,
+        )  # fmt: skip
         if found.choice is not None:
             self.take_inner(found.choice, self.work.price(found.choice), found.bound)
         if found.status == "optimal":
@@ -119,7 +124,9 @@ class Anytime:
             self.status = "infeasible" if self.choice is None else "optimal"
             return True
         self.take(None, np.inf, found.bound)
-        return False
+        # Cut short by the work limit, not by the clock, with something to show: that is all.
+        spent = self.work_limit is not None and not clock.over()
+        return self._closed() or (spent and self.choice is not None)
 
     def _first(self, dual: Dual) -> None:
         """Rounds of the dual until a choice fits."""
@@ -136,7 +143,7 @@ class Anytime:
             self.take_dual(dual)
             if self._closed():
                 return
-            if not self.clock.limited and dual.rounds >= rounds:
+            if self._bounded and dual.rounds >= rounds:
                 return
             if share.over() and self.choice is not None and self.clock.limited:
                 return
@@ -160,12 +167,17 @@ class Anytime:
         limit = SEARCH_STEPS if self.work_limit is None else self.work_limit
         steps = 0
         while not self.clock.over() and not self._closed():
-            if not self.clock.limited and steps >= limit:
+            if self._bounded and steps >= limit:
                 return
             moves.step(steps)
             steps += 1
 
     # ---- bookkeeping ------------------------------------------------------------------------
+
+    @property
+    def _bounded(self) -> bool:
+        """Whether a fixed amount of work ends the search."""
+        return self.work_limit is not None or not self.clock.limited
 
     def take_dual(self, dual: Dual) -> None:
         if dual.choice is not None and dual.cost < self.cost:
@@ -187,11 +199,14 @@ class Anytime:
             self.report(self.cost, self.bound, self.choice if better else None)
 
     def _closed(self) -> bool:
-        """Bound and cost agree to rounding."""
-        if self.choice is None or self.cost - self.bound > 1e-12 * abs(self.cost):
+        """Bound and cost agree to rounding, or as much as was asked for."""
+        if self.choice is None:
             return False
-        self.status = "optimal"
-        return True
+        between = self.cost - self.bound
+        if between <= 1e-12 * abs(self.cost):
+            self.status = "optimal"
+            return True
+        return between <= self.gap * abs(self.cost)
 
 
 @dataclass

@@ -37,15 +37,33 @@ DEFAULT_NODES = 100_000
 
 @dataclass(frozen=True)
 class Search:
-    """Result on the working problem; `choice` is indexed by node and fits."""
+    """Result on the working problem; `choice` is indexed by node and fits.
+
+    `status`: "optimal", "close" (as close to the bound as was asked for), "infeasible", or cut
+    short by the clock or the work limit: "feasible" with a choice, "stopped" without.
+    """
 
     status: str
     choice: Ints | None
     bound: float
 
 
+@dataclass(frozen=True)
+class Effort:
+    """When to stop: by the clock, by branch-and-bound `nodes` of one run, or as soon as the
+    cost is at most this share (`gap`) above the bound."""
+
+    clock: Clock = UNLIMITED
+    nodes: int | None = None
+    gap: float = 0.0
+    seed: int = 0
+
+    def enough(self, upper: float, bound: float) -> bool:
+        return upper - bound <= self.gap * abs(upper)
+
+
 def search(
-    work: Work, *, clock: Clock = UNLIMITED, nodes: int | None = None,
+    work: Work, *, clock: Clock = UNLIMITED, nodes: int | None = None, gap: float = 0.0,
     start: Ints | None = None, upper: float = np.inf, seed: int = 0, grow: bool = True,
 ) -> Search:  # fmt: skip
     """Optimum of `work` or the best that the limits allow.
@@ -53,6 +71,7 @@ def search(
     With `upper` only choices of at most that cost are wanted: "infeasible" then means that
     there is none. `grow` False allows only a core that holds the proof at once.
     """
+    effort = Effort(clock, nodes, gap, seed)
     linear = linearise(work)
     profile = Profile(work)
     if not linear.nodes:
@@ -71,20 +90,19 @@ def search(
     if bound > upper:
         return Search("infeasible", None, bound)
     if root is not None:
-        found = _by_cores(model, profile, root, clock, nodes, upper, seed, grow)
+        found = _by_cores(model, profile, root, effort, upper, grow)
         if found is not None:
             return found
-    return _whole(model, profile, clock, nodes, start, upper, bound)
+    return _whole(model, profile, effort, start, upper, bound)
 
 
 def _whole(
-    model: Milp, profile: Profile, clock: Clock, nodes: int | None, start: Ints | None,
-    upper: float, bound: float,
-) -> Search:  # fmt: skip
+    model: Milp, profile: Profile, effort: Effort, start: Ints | None, upper: float, bound: float
+) -> Search:
     """Branch and bound on all columns, the cap raised until the proof is complete."""
     work, linear = model.work, model.linear
     while True:
-        found = _branch(model, profile, clock, nodes, start)
+        found = _branch(model, profile, effort, start)
         # Without a forbidden column, or at a cost within the cap, the proof is complete.
         proven = found.status == "infeasible" and _ceiling(model) >= upper
         enough = found.choice is not None and found.bound <= linear.offset + model.cap
@@ -97,9 +115,8 @@ def _whole(
 
 
 def _by_cores(
-    model: Milp, profile: Profile, root: Answer, clock: Clock, nodes: int | None, upper: float,
-    seed: int, grow: bool,
-) -> Search | None:  # fmt: skip
+    model: Milp, profile: Profile, root: Answer, effort: Effort, upper: float, grow: bool
+) -> Search | None:
     """Cores of growing width until one holds the proof; None where they stop being small."""
     work, linear = model.work, model.linear
     if root.columns is None or root.reduced is None:
@@ -109,28 +126,32 @@ def _by_cores(
         return Search("optimal", best, root.bound)
     slack = core.ROUNDING * abs(root.bound)
     width = core.first_width(linear, root.reduced, root.bound)
-    enough = upper - root.bound + slack
-    if not grow or core.share(linear, root.reduced, enough) <= LARGEST_CORE:
-        width = enough
+    proof = upper - root.bound + slack
+    if not grow or core.share(linear, root.reduced, proof) <= LARGEST_CORE:
+        width = proof
     bound = root.bound
     known = 0
     while True:
-        width = min(width, upper - root.bound + slack)
+        # No wider than what a proof to the gap asked for takes.
+        width = min(width, upper * (1 - effort.gap) - root.bound + slack)
         reach = root.bound + width
         if reach > _ceiling(model) or core.share(linear, root.reduced, width) > LARGEST_CORE:
-            return None if best is None else _rest(model, profile, best, clock, nodes, bound)
-        found = _core(work, linear, root.reduced, width, clock, nodes, upper, seed)
+            return None if best is None else _rest(model, profile, best, effort, bound)
+        found = _core(work, linear, root.reduced, width, effort, upper)
         cost = np.inf if found.choice is None else work.price(found.choice)
         if cost <= upper:
             best, upper = found.choice, cost
+        # Outside the core everything costs at least `reach`.
+        inside = upper if found.status in ("optimal", "infeasible") else found.bound
+        bound = min(max(bound, min(inside, reach)), upper)
         if found.status in ("stopped", "feasible"):
-            bound = max(bound, min(found.bound, reach))
-            return Search("stopped" if best is None else "feasible", best, min(bound, upper))
-        if upper <= reach:
+            return Search("stopped" if best is None else "feasible", best, bound)
+        if upper <= reach and found.status != "close":
             if best is None:
                 return Search("infeasible", None, max(bound, upper))
             return Search("optimal", best, upper)
-        bound = max(bound, reach)
+        if best is not None and effort.enough(upper, bound):
+            return Search("close", best, bound)
         known += int(best is not None)
         width = np.inf if known == INCUMBENTS else width * CORE_GROWTH
 
@@ -146,27 +167,29 @@ def _integral(model: Milp, profile: Profile, root: Answer, upper: float) -> Ints
 
 
 def _core(
-    work: Work, linear: Linear, reduced: Vector, width: float, clock: Clock, nodes: int | None,
-    upper: float, seed: int,
-) -> Search:  # fmt: skip
+    work: Work, linear: Linear, reduced: Vector, width: float, effort: Effort, upper: float
+) -> Search:
     """Optimum of one core below `upper`, in choices of `work`."""
     try:
         part = core.cut(work, linear, reduced, width)
-        presolve(part, out_of_time=clock.over)
-        found = search(part, clock=clock, nodes=nodes, upper=upper, seed=seed, grow=False)
+        presolve(part, out_of_time=effort.clock.over)
+        found = search(
+            part, clock=effort.clock, nodes=effort.nodes, gap=effort.gap, upper=upper,
+            seed=effort.seed, grow=False,
+        )  # fmt: skip
     except Infeasible:
         return Search("infeasible", None, np.inf)
     choice = None if found.choice is None else part.expand(found.choice)
     return Search(found.status, choice, found.bound)
 
 
-def _rest(
-    model: Milp, profile: Profile, best: Ints, clock: Clock, nodes: int | None, bound: float
-) -> Search:
+def _rest(model: Milp, profile: Profile, best: Ints, effort: Effort, bound: float) -> Search:
     """The whole, from the best choice of a core."""
     upper = model.work.price(best)
+    if effort.enough(upper, bound):
+        return Search("close", best, bound)
     model.set_cap(_cap(upper, model.linear.offset))
-    found = _whole(model, profile, clock, nodes, best, upper, bound)
+    found = _whole(model, profile, effort, best, upper, bound)
     if found.choice is not None and model.work.price(found.choice) <= upper:
         return found
     status = "optimal" if found.status == "infeasible" else "feasible"
@@ -189,15 +212,12 @@ def _valid(model: Milp, found: Search, relaxed: float) -> float:
     return max(min(found.bound, ceiling), min(relaxed, ceiling))
 
 
-def _branch(
-    model: Milp, profile: Profile, clock: Clock, nodes: int | None, start: Ints | None
-) -> Search:
+def _branch(model: Milp, profile: Profile, effort: Effort, start: Ints | None) -> Search:
     """Branch and bound under the model's cap, with rows added until the answer fits."""
     work, linear = model.work, model.linear
     while True:
-        answer = model.solve(
-            clock=clock, nodes=DEFAULT_NODES if nodes is None else nodes, start=start
-        )
+        nodes = DEFAULT_NODES if effort.nodes is None else effort.nodes
+        answer = model.solve(clock=effort.clock, nodes=nodes, gap=effort.gap, start=start)
         if answer.kind == "infeasible":
             return Search("infeasible", None, np.inf)
         choice = None if answer.columns is None else linear.choice(answer.columns, work.original)
@@ -205,9 +225,9 @@ def _branch(
             return Search("stopped", None, answer.bound)
         peaks = profile.peaks(profile.load_of(choice)).tolist()
         if not peaks:
-            status = "optimal" if answer.kind == "optimal" else "feasible"
+            status = "feasible" if answer.kind == "stopped" else answer.kind
             return Search(status, choice, answer.bound)
-        if answer.kind == "stopped" and clock.over():
+        if answer.kind == "stopped" and effort.clock.over():
             return Search("stopped", None, answer.bound)
         if model.points.issuperset(peaks):
             model.exclude(choice)

@@ -8,7 +8,7 @@ the presolved one, so the exact search passes arrays; `pulp_model` is the portab
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import highspy
 import numpy as np
@@ -30,6 +30,8 @@ share of 1e-10 at most; the caller checks by plain evaluation."""
 TOLERANCE = 1e-7
 AGREE = 1e-6
 """Columns and reported objective may differ by this share (tolerances times many columns)."""
+CLOSED = 1e-9
+"""A smaller share of the cost between it and the bound is rounding."""
 POLL_S = 0.05
 """How often a running HiGHS is asked whether somebody wants to stop."""
 UNLIMITED = Clock()
@@ -37,7 +39,8 @@ UNLIMITED = Clock()
 
 @dataclass(frozen=True)
 class Answer:
-    """`kind`: optimal, infeasible, or stopped; `columns` is None where nothing was found."""
+    """`kind`: optimal, close (within the gap asked for), infeasible, or stopped; `columns` is None
+    where nothing was found."""
 
     kind: str
     columns: Vector | None
@@ -150,22 +153,31 @@ class Milp:
         return self._answer(mip=False)
 
     def solve(
-        self, *, clock: Clock = UNLIMITED, nodes: int | None = None,
+        self, *, clock: Clock = UNLIMITED, nodes: int | None = None, gap: float = 0.0,
         start: Ints | None = None,
     ) -> Answer:  # fmt: skip
-        """Branch and bound. `nodes` is the deterministic work limit."""
+        """Branch and bound. `nodes` is the deterministic work limit; a choice at most the share
+        `gap` above the bound is enough."""
         # After a relaxation HiGHS 1.16 can return columns that do not belong to the optimum it
         # reports (its objective is right, the columns are another solution's): start afresh.
         self.highs.clearSolver()
         self._integrality(True)
         if nodes is not None:
             self.highs.setOptionValue("mip_max_nodes", nodes)
+        # HiGHS does not see the offset, which is part of the cost.
+        close = gap * max(self.linear.offset, 0.0) * self.scale
+        self.highs.setOptionValue("mip_rel_gap", gap)
+        self.highs.setOptionValue("mip_abs_gap", max(TOLERANCE, close))
         if start is not None:
             solution = highspy.HighsSolution()
             solution.col_value = list(self.linear.columns(start))
             self.highs.setSolution(solution)
         self._run(clock)
-        return self._answer(mip=True)
+        answer = self._answer(mip=True)
+        open_part = answer.objective - answer.bound
+        if answer.kind == "optimal" and gap > 0 and open_part > CLOSED * abs(answer.objective):
+            return replace(answer, kind="close")
+        return answer
 
     def _run(self, clock: Clock) -> None:
         """Runs in a thread of its own, so that a signal is heard and stops the run."""

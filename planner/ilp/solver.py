@@ -35,7 +35,8 @@ def solve(
     """Chooses a strategy per node: least cost, usages within the limit at all times.
 
     `time_limit` is in seconds; without it the search stops on `work_limit` (branch-and-bound
-    nodes), which gives the same result every time. `progress` gets incumbent and bound.
+    nodes), which gives the same result every time. A cost proven to be at most the share `gap`
+    above the least is enough ("feasible"). `progress` gets incumbent and bound.
     Raises ValueError for an unknown backend or a malformed problem.
     """
     check_backend(backend)
@@ -54,7 +55,7 @@ def search(
         seconds = clock.left() if clock.limited else None
         return pulp_model.search(problem, backend, seconds, work_limit, warm_start, gap)
     try:
-        return _reduced(problem, backend, clock, work_limit, seed, progress)
+        return _reduced(problem, backend, clock, work_limit, seed, gap, progress)
     except Infeasible:
         return exact.Search("infeasible", None, np.inf)
 
@@ -85,33 +86,37 @@ def check(problem: Problem) -> None:
 
 
 def _reduced(
-    problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int,
+    problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int, gap: float,
     progress: Progress | None,
 ) -> exact.Search:  # fmt: skip
-    """Elimination where it is enough, else presolve and the anytime search."""
-    if backend == "auto":
-        free = _without_memory(problem, clock)
-        if free is not None and free.choice is not None and evaluate(problem, free.choice).fits:
-            return free
+    """Presolve, then elimination where it is enough, else the anytime search."""
     work = Work(problem)
     presolve(work, out_of_time=clock.share(PRESOLVE_SHARE).over)
+    if backend == "auto":
+        free = _without_memory(work, clock)
+        if free is not None and free.choice is not None and evaluate(problem, free.choice).fits:
+            return free
     report = None if progress is None else (lambda cost, bound, _: progress(cost, bound))
-    return Anytime(work, clock, seed, work_limit, report, try_exact=backend == "auto").run()
+    exactly = backend == "auto"
+    return Anytime(work, clock, seed, work_limit, gap, report, try_exact=exactly).run()
 
 
-def _without_memory(problem: Problem, clock: Clock) -> exact.Search | None:
+def _without_memory(work: Work, clock: Clock) -> exact.Search | None:
     """The optimum ignoring the limit, where elimination can do it: a bound, often the answer."""
-    if problem.size > FREE_NODES and problem.limit is not None:
-        return None
-    work = Work(problem, memory=False)
-    presolve(work, out_of_time=clock.over)
-    steps = elimination.plan_order(work)
+    free = work
+    if len(work.base):
+        if work.original > FREE_NODES:
+            return None
+        free = work.without_memory()
+        presolve(free, out_of_time=clock.over)
+    steps = elimination.plan_order(free)
     if steps is None:
         return None
-    value, choice = elimination.run(work, steps)
+    value, choice = elimination.run(free, steps)
     if value == np.inf:
         raise Infeasible("every choice has a forbidden pair")
-    return exact.Search("optimal", work.expand(choice), value)
+    found = choice if free is work else free.expand(choice)
+    return exact.Search("optimal", work.expand(found), value)
 
 
 def outcome_of(

@@ -99,6 +99,13 @@ class Work:
         other.offset, other.limit, other.base = self.offset * weight, self.limit, self.base
         return other
 
+    def without_memory(self) -> Work:
+        """A copy without usages; its choices expand to ones of this problem."""
+        other = self.copy()
+        other.uses = [{} for _ in range(self.original)]
+        other.base, other.limit = np.zeros(0), np.inf
+        return other
+
     # ---- elementary moves -------------------------------------------------------------------
 
     def add_use(self, n: int, span: Span, amount: Vector) -> None:

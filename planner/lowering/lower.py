@@ -23,6 +23,7 @@ from costmodels.program import (
     Step,
 )
 from planner.graph.core import Graph, Loop, Node, Op, Stack
+from planner.lowering.halo import Halo, halos
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan
 from planner.sharding.flow import Conversion, Flow, Place
@@ -71,8 +72,14 @@ class _Lowering:
         alias: int | None = None,
     ) -> int:  # fmt: skip
         local = spec.local_shape(shape, self.sizes)
+        return self.local_buffer(tensor, local, dtype, category, alias)
+
+    def local_buffer(
+        self, tensor: str, shape: Sequence[int], dtype: str, category: str,
+        alias: int | None = None,
+    ) -> int:  # fmt: skip
         number = len(self.buffers)
-        self.buffers[number] = Buffer(number, local, dtype, category, tensor, alias)
+        self.buffers[number] = Buffer(number, tuple(shape), dtype, category, tensor, alias)
         return number
 
     def home_buffer(self, home_id: int) -> int:
@@ -111,12 +118,33 @@ class _Lowering:
         for c in (c for c in here if c.kind == "use" and c.target.op == op.name):
             operands[c.target.slot] = self.convert(c, self.read(c.source), out)
         choice = self.plan.choices[op.origin or op.name]
+        for halo in halos(op, choice, self.tensors, self.sizes):
+            operands[halo.read.slot] = self.exchange(op, halo, operands[halo.read.slot], out)
         kernel = lower_op(op, choice, self.tensors, self.sizes)
         results = [self.result_buffer(op, k) for k in range(len(op.outs))]
         out.append(Compute(kernel, tuple(operands), tuple(results), op.phase))
         self.values.update(zip(op.outs, results, strict=True))
         self.hand_on_all(here, out)
         return Step(op.name, tuple(out))
+
+    def exchange(self, op: Op, halo: Halo, source: int, out: list[Instruction]) -> int:
+        """Edges of the neighbours' blocks around the block in `source`."""
+        name, axes, dim = op.ins[halo.read.slot], halo.read.axes, halo.read.dim
+        dtype = self.buffers[source].dtype
+        parts = [source]
+        for shift, shape in ((1, halo.low), (-1, halo.high)):
+            if shape is None:
+                continue
+            piece = self.local_buffer(name, shape, dtype, "collective_buffers")
+            size = self.buffers[piece].bytes
+            out.append(
+                Collective("collective-permute", axes, source, piece, size, dim, order=axes,
+                           tensor=name, phase=op.phase, shift=shift, width=shape[dim])
+            )  # fmt: skip
+            parts.insert(0 if shift > 0 else len(parts), piece)
+        result = self.local_buffer(name, halo.result, dtype, "temporaries")
+        out.append(Compute(halo.kernel, tuple(parts), (result,), op.phase))
+        return result
 
     def leave_step(self, loop: Loop) -> Step:
         """After a loop: what becomes of its results at once."""

@@ -10,21 +10,31 @@ from costmodels.program import ITEM_BYTES, Kernel
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, volume
 from planner.graph.core import Dims, Op, Rule, Tensor
+from planner.lowering.halo import local_op
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Sizes
+
+FLOATS = ("f64", "f32", "bf16", "f16", "f8")
 
 
 def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes) -> Kernel:
     """The kernel that one device runs; `offsets` names the axes that split each factor."""
-    local = choice.local(op, sizes)
+    local = local_op(op, choice, sizes)
     offsets = {
         f.name: axes for f, axes in zip(op.rule.factors, choice.split, strict=True) if axes
     }
-    dtype = tensors[op.ins[0] if op.ins else op.outs[0]].dtype
+    product = contraction_sizes(local)
+    dtype = _narrowest(op, tensors) if product is None else tensors[op.ins[0]].dtype
     return Kernel(
         op.name, op.kind, dtype, _moved_bytes(local, tensors), _vector_flops(local),
-        contraction_sizes(local), local, offsets,
+        product, local, offsets,
     )  # fmt: skip
+
+
+def _narrowest(op: Op, tensors: Mapping[str, Tensor]) -> str:
+    """The type that sets the pace of a pass: chips widen narrow numbers to compute with them."""
+    floats = (d for d in (tensors[t].dtype for t in (*op.ins, *op.outs)) if d in FLOATS)
+    return min(floats, key=lambda d: ITEM_BYTES[d], default="f32")
 
 
 def local_elements(rule: Rule, dims: Dims) -> int:

@@ -18,6 +18,7 @@ from planner.graph.core import Graph
 from planner.modelfile.call import Evaluator, OpError, Ref, described
 from planner.modelfile.diagnostics import Findings, nearest
 from planner.modelfile.language import OpSyntax, Statement, offset_of, parse_statement
+from planner.modelfile.named import StackEntry, build_stack, stack_entry
 from planner.modelfile.scalars import value_of
 from planner.modelfile.sizes import Declaration, Dims, SizeError, Unknown, declaration, evaluate
 
@@ -33,13 +34,17 @@ class Block:
     ops: Listing
     carry: tuple[Scalar, ...]
 
+    @property
+    def title(self) -> Node | None:
+        return self.repeat.get("name")
+
 
 @dataclass(frozen=True)
 class Step:
     """One entry of a list of ops: what it reads and what it makes. `op` is None if broken."""
 
     node: Node
-    op: Statement | Block | None
+    op: Statement | Block | StackEntry | None
     reads: frozenset[str]
     makes: tuple[str, ...]
 
@@ -193,6 +198,8 @@ class _Compiler:
                 self._statement(scope, step.op, step.node)
             elif isinstance(step.op, Block):
                 self._repeat(scope, step.op)
+            elif isinstance(step.op, StackEntry):
+                self._stack(scope, step.op)
 
     def _step(self, node: Node) -> Step:
         if isinstance(node, Scalar):
@@ -203,6 +210,10 @@ class _Compiler:
                 return Step(node, None, frozenset(), tuple(names))
             reads = {part.id for part in ast.walk(op.value) if isinstance(part, ast.Name)}
             return Step(node, op, frozenset(reads), tuple(n for n, _ in op.targets))
+        stack = stack_entry(node)
+        if stack is not None:
+            reads = {s.value for s in (stack.carry, stack.memory) if s}
+            return Step(node, stack, frozenset(reads), (stack.carry.value,))
         block = _block(node)
         if block is None:
             return Step(node, None, frozenset(), ())
@@ -278,7 +289,7 @@ class _Compiler:
             current = outer.steps[outer.at] if outer.steps else None
             later = [
                 s for s in outer.steps[outer.at :]
-                if name in s.makes and not (s is current and isinstance(s.op, Block))
+                if name in s.makes and not (s is current and not isinstance(s.op, Statement))
             ]  # fmt: skip
             if later:
                 return self._too_early(outer, name, at, later[0])
@@ -344,12 +355,45 @@ class _Compiler:
         if not title.value.isidentifier():
             self._add("bad-name", f"'{title.value}' is no name", title.place)
             return False
-        others = [s.op for s in scope.steps[: scope.at] if isinstance(s.op, Block)]
-        names = [o.repeat.get("name") for o in others]
+        others = [s.op for s in scope.steps[: scope.at] if isinstance(s.op, Block | StackEntry)]
+        names = [other.title for other in others]
         if any(isinstance(n, Scalar) and n.value == title.value for n in names):
             self._add("duplicate-name", f"another repeat is called '{title.value}'", title.place)
             return False
         return True
+
+    def _stack(self, scope: Scope, entry: StackEntry) -> None:
+        """Layers of a named architecture: their result replaces what they carry."""
+        carry = entry.carry
+        allowed = self._new_title(scope, entry.title) and self._may_define(
+            scope, carry.value, carry.place
+        )
+        result = None
+        if allowed:
+            x = self._read(scope, carry)
+            memory = self._read(scope, entry.memory) if entry.memory else None
+            if x and (memory or not entry.memory):
+                result = build_stack(scope.b, entry, x, memory, self.dims, self.findings)
+        scope.names[carry.value] = Ref(result) if result else None
+        if scope.parent is None:
+            self.places[carry.value] = entry.table.place
+
+    def _read(self, scope: Scope, name: Scalar) -> Ref | None:
+        """The tensor [B, S, D] called `name`; None (noted) if there is none."""
+        try:
+            found = self._lookup(scope, name.value, 0)
+        except OpError as error:
+            self._add(error.code, error.message, name.place, error.hint)
+            return None
+        except Unknown:
+            return None
+        t = scope.b.lookup(found) if isinstance(found, Ref) else None
+        if t is None or len(t.shape) != 3 or t.dtype.startswith("i"):
+            what = described(t) if t else "a number"
+            message = f"'{name.value}' is {what}, layers work on [batch, positions, width]"
+            self._add("bad-argument", message, name.place)
+            return None
+        return Ref(found)
 
     def _break(self, scope: Scope, block: Block) -> None:
         scope.names.update((c.value, None) for c in block.carry)

@@ -8,7 +8,7 @@ editors comes from here too.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -145,6 +145,8 @@ class RepeatFields(_Strict):
 
 def _op_or_block(value: Any) -> str:
     keys = set(value) if isinstance(value, dict) else set()
+    if "architecture" in keys:
+        return "<stack>"
     return "<block>" if keys & {"repeat", "params", "ops"} else "<op>"
 
 
@@ -154,8 +156,24 @@ class RepeatBlock(_Strict):
     ops: list[OpOrBlock] = Field(description="ops of one run, in order")
 
 
+class StackFields(BaseModel):
+    """Settings are checked against those of the kind."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="allow")
+    kind: str = Field(description="the named architecture whose layers these are")
+    name: Name = Field(description="prefix of the tensors inside")
+    carry: Name = Field(description="the tensor [B, S, D] that the layers change")
+    memory: Name | None = Field(None, description="what layers of a decoder attend to, too")
+
+
+class StackBlock(_Strict):
+    architecture: StackFields = Field(description="layers of a named architecture")
+
+
 OpOrBlock = Annotated[
-    Annotated[str, Tag("<op>")] | Annotated[RepeatBlock, Tag("<block>")],
+    Annotated[str, Tag("<op>")]
+    | Annotated[RepeatBlock, Tag("<block>")]
+    | Annotated[StackBlock, Tag("<stack>")],
     Discriminator(_op_or_block),
 ]
 
@@ -220,6 +238,12 @@ def architectures() -> Mapping[str, type[BaseModel]]:
     return found
 
 
+def stacks() -> Mapping[str, Any]:
+    """kind → stack of layers that may stand among the ops of a graph."""
+    found: Mapping[str, Any] = importlib.import_module("planner.architectures").STACKS
+    return found
+
+
 def schema() -> dict[str, Any]:
     """JSON Schema of a model file, for editors."""
     base = File.model_json_schema()
@@ -227,22 +251,43 @@ def schema() -> dict[str, Any]:
     base["title"] = "shardplan model file"
     # Text stands for a whole mesh: `mesh: tpu-v4:4x4x4`.
     base["properties"]["mesh"]["anyOf"].append({"type": "string"})
-    kinds = []
-    for kind, model in architectures().items():
-        settings = model.model_json_schema(ref_template="#/$defs/{model}")
-        base["$defs"].update(settings.pop("$defs", {}))
-        settings["properties"] = {
-            name: _with_dim_names(field) for name, field in settings["properties"].items()
-        }
-        settings["properties"]["kind"] = {"const": kind}
-        settings["required"] = sorted({"kind", *settings.get("required", [])})
-        name = f"architecture-{kind}"
-        base["$defs"][name] = settings
-        kinds.append({"$ref": f"#/$defs/{name}"})
     base["properties"]["architecture"] = {
-        "description": "a named builder: kind, sizes", "oneOf": kinds
-    }  # fmt: skip
+        "description": "a named builder: kind, sizes",
+        "oneOf": [_settings(base, kind, model) for kind, model in architectures().items()],
+    }
+    stack = base["$defs"].pop("StackFields")["properties"]
+    stack.pop("kind")
+    base["$defs"]["StackBlock"]["properties"]["architecture"] = {
+        "description": StackBlock.model_fields["architecture"].description,
+        "oneOf": [
+            _settings(base, kind, found.settings, stack, found.outside)
+            for kind, found in stacks().items()
+        ],
+    }
     return base
+
+
+def _settings(
+    base: dict[str, Any], kind: str, model: type[BaseModel],
+    stack: Mapping[str, Any] | None = None, outside: Collection[str] = (),
+) -> dict[str, str]:  # fmt: skip
+    """Adds the settings of a kind to the definitions; for a `stack`, its own keys are among them,
+    and none of those `outside`. Returns the reference."""
+    settings = model.model_json_schema(ref_template="#/$defs/{model}")
+    base["$defs"].update(settings.pop("$defs", {}))
+    fields = {
+        name: _with_dim_names(field)
+        for name, field in settings["properties"].items()
+        if name not in outside
+    }
+    settings["properties"] = {**(stack or {}), **fields, "kind": {"const": kind}}
+    required = {"kind", *settings.get("required", [])}
+    if stack:  # the width is that of what the layers carry
+        required = required - {"d_model"} | {"name", "carry"}
+    settings["required"] = sorted(required)
+    name = f"stack-{kind}" if stack else f"architecture-{kind}"
+    base["$defs"][name] = settings
+    return {"$ref": f"#/$defs/{name}"}
 
 
 def _with_dim_names(field: dict[str, Any]) -> dict[str, Any]:

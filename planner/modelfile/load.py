@@ -16,7 +16,7 @@ from math import prod
 from pathlib import Path, PurePath
 from typing import Any
 
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 
 import meshes
 from meshes import MeshError
@@ -25,7 +25,7 @@ from planner.graph.builder import GraphError
 from planner.graph.core import Graph
 from planner.model import SEVERAL_CHUNKS, STACKED, Assumed, Model, Pipeline, Training
 from planner.modelfile import compile as graphs
-from planner.modelfile import fields, overriding, validate
+from planner.modelfile import fields, named, overriding, validate
 from planner.modelfile.constraints import check_constraints
 from planner.modelfile.diagnostics import Findings, ModelErrors, from_mesh, from_yaml, nearest
 from planner.modelfile.language import OpSyntax, parse_statement
@@ -342,33 +342,10 @@ class _Loader:
         node = self.root.get("architecture")
         if not isinstance(node, Table) or "architecture" not in self.data:
             return None
-        kinds, kind = fields.architectures(), node.get("kind")
-        if not isinstance(kind, Scalar):
-            place = kind.place if kind else node.place
-            known = f"one of {', '.join(kinds)}"
-            self._add("missing-key", "'architecture' lacks the key 'kind'", place, known)
-            return None
-        model = kinds.get(kind.value)
+        model = named.chosen(node, fields.architectures(), self.findings)
         if model is None:
-            message = f"unknown architecture '{kind.value}'"
-            hint = nearest(kind.value, kinds, f"one of {', '.join(kinds)}")
-            self._add("unknown-architecture", message, kind.place, hint)
             return None
-        return self._checked_settings(model, node)
-
-    def _checked_settings(self, model: type[BaseModel], node: Table) -> BaseModel | None:
-        values = plain_data(node)
-        for name, value in values.items():
-            if isinstance(value, str) and value in self.dims:
-                try:
-                    values[name] = self.dims[value]
-                except Unknown:  # reported where the dim is defined
-                    return None
-        adapter = TypeAdapter(model)
-        settings: BaseModel | None = validate.validated(
-            adapter, self.root, "architecture", self.findings, values, model
-        )
-        return settings
+        return named.settings(self.root, model, named.values(node, self.dims), self.findings)
 
     def _tokens(self, graph: Graph, settings: BaseModel | None, training: Training) -> int:
         """What one step processes: tokens of sequences, else examples."""

@@ -35,7 +35,8 @@ def text(checks: Sequence[Check]) -> Iterable[Text]:
         for finding in check.findings:
             word = Text("ok   ", "green") if finding.ok else Text("FAIL ", "bold red")
             yield word.append(f"{check.file}: {finding.message}", "default")
-        if check.planned is not None and not check.planned.result.fits:
+        too_large = any(f.rule == "memory" and not f.ok for f in check.findings)
+        if check.planned is not None and too_large:
             for line in check.planned.explanation[1:] or _largest(check.planned.result):
                 yield Text(f"       {line}")
 

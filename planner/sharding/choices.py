@@ -13,9 +13,10 @@ from math import prod
 
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Dims, Factor, Op, Rule
+from planner.sharding.halo import reaches_neighbours
 from planner.sharding.spec import Sizes, Spec
 
-WHOLE_KINDS = ("blocked", "window")  # factors that no axis may split
+WHOLE_KINDS = ("blocked", "window")  # factors that no axis splits on their own
 WHOLE_NAMES = ("layers", "repeats", "micro")  # stacked dimensions stay whole
 
 
@@ -26,10 +27,6 @@ class Choice:
 
     split: tuple[tuple[str, ...], ...]
     passed: tuple[tuple[int, tuple[str, ...]], ...] = ()
-
-    @property
-    def axes(self) -> tuple[str, ...]:
-        return tuple(a for axes in self.split for a in axes)
 
     def operand(self, rule: Rule, i: int) -> Spec:
         """The spec in which operand i must be given."""
@@ -42,6 +39,10 @@ class Choice:
         for factor, axes in zip(rule.factors, self.split, strict=True):
             if factor.kind == "reduce":
                 partial.update(axes)
+        made = {f for d in rule.outs[k] for f in d}
+        for pair in rule.windows:
+            if not made.intersection(pair):  # summed over positions: the gradient of a filter
+                partial.update(self.split[pair[0]])
         return Spec(self._dims(rule.outs[k]), tuple(a for a in mesh_order if a in partial))
 
     def _dims(self, dims: Dims) -> tuple[tuple[str, ...], ...]:
@@ -56,10 +57,11 @@ class Choice:
         return replace(op, rule=replace(op.rule, factors=factors))
 
     def describe(self, rule: Rule) -> str:
+        outer = {of_y for _, of_y in rule.windows}
         parts = [
             f"{f.name}:{'+'.join(axes)}"
-            for f, axes in zip(rule.factors, self.split, strict=True)
-            if axes
+            for i, (f, axes) in enumerate(zip(rule.factors, self.split, strict=True))
+            if axes and i not in outer
         ]
         parts += [f"partial:{'+'.join(axes)}" for _, axes in self.passed]
         return " ".join(parts) or "replicated"
@@ -85,11 +87,13 @@ class OpChoices:
 
 
 def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
-    """Every assignment of each axis to one factor, one linear group, or nothing."""
+    """Every assignment of each axis to one factor, one spatial dimension, one linear group, or
+    nothing."""
     rule = op.rule
-    options: list[int | tuple[int] | None] = [None]
-    options += [i for i, f in enumerate(rule.factors) if _splittable(f)]
-    options += [(g,) for g, group in enumerate(rule.linear) if _passes(op, group)]
+    options: list[_Option] = [None]
+    options += [(i,) for i, f in enumerate(rule.factors) if _splittable(f)]
+    options += rule.windows
+    options += [_Passed(g) for g, group in enumerate(rule.linear) if _passes(op, group)]
     partial: list[Choice] = [Choice(((),) * len(rule.factors))]
     for axis, size in sizes.items():
         if size == 1:
@@ -101,7 +105,19 @@ def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
                 if _divides(rule, added, sizes):
                     grown.append(added)
         partial = grown
-    yield from (c for c in partial if _orderly(rule, c, sizes))
+    yield from (
+        c for c in partial if _orderly(rule, c, sizes) and reaches_neighbours(op, c.split, sizes)
+    )
+
+
+@dataclass(frozen=True)
+class _Passed:
+    """The linear group through which an axis's partial sums pass."""
+
+    group: int
+
+
+_Option = tuple[int, ...] | _Passed | None  # factors that an axis splits together
 
 
 def _splittable(factor: Factor) -> bool:
@@ -115,16 +131,15 @@ def _passes(op: Op, group: Sequence[int]) -> bool:
     return len(group) == len(op.ins) and contraction_sizes(op) is None
 
 
-def _with_axis(choice: Choice, axis: str, option: int | tuple[int] | None) -> Choice:
+def _with_axis(choice: Choice, axis: str, option: _Option) -> Choice:
     if option is None:
         return choice
-    if isinstance(option, int):
-        split = tuple((*a, axis) if i == option else a for i, a in enumerate(choice.split))
-        return Choice(split, choice.passed)
-    group = option[0]
-    passed = dict(choice.passed)
-    passed[group] = (*passed.get(group, ()), axis)
-    return Choice(choice.split, tuple(sorted(passed.items())))
+    if isinstance(option, _Passed):
+        passed = dict(choice.passed)
+        passed[option.group] = (*passed.get(option.group, ()), axis)
+        return Choice(choice.split, tuple(sorted(passed.items())))
+    split = tuple((*a, axis) if i in option else a for i, a in enumerate(choice.split))
+    return Choice(split, choice.passed)
 
 
 def _divides(rule: Rule, choice: Choice, sizes: Sizes) -> bool:

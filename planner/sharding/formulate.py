@@ -3,7 +3,7 @@
 Nodes      one per op (its strategies are its choices; an op and its recomputation are one
            node) and one per home (its strategies are the specs of the tensor).   _op_nodes,
            _home_nodes
-Node cost  executions × seconds of the lowered kernel.                            _op_nodes
+Node cost  executions × seconds of the lowered kernel, halo exchange included.    _op_nodes
 Edges      one per pair of nodes that a conversion joins; cost = executions × seconds of the
            resharding path between the two strategies' specs, inf if there is none. _edges
 Memory     at a schedule step t: results waiting for their reader (op usage), live homes (home
@@ -25,11 +25,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.collectives import collective_seconds
-from costmodels.pricing import many_kernel_seconds
+from costmodels.pricing import many_kernel_seconds, prices
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
+from planner.lowering.halo import Halo, halos
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
 from planner.sharding.choices import Choice, OpChoices
@@ -205,7 +206,20 @@ class Space:
                     amount = self._bytes(place, t.shape, t.dtype)
                     node = self.number["op", op.origin or op.name]
                     found += [Usage(node, p, p + 1, amount) for p in points]
+            if op.rule.windows and site.step in active:
+                p = active.index(site.step)
+                node = self.number["op", op.origin or op.name]
+                found.append(Usage(node, p, p + 1, self._halo_bytes(op)))
         return found
+
+    def _halo_bytes(self, op: Op) -> Array:
+        """Memory of the halo exchange at the op's step, under each choice."""
+        choices = self.choices[op.origin or op.name]
+        each = (halos(op, c, self.tensors, self.sizes) for c in choices)
+        return np.array([
+            float(sum(h.bytes(self.tensors[op.ins[h.read.slot]].dtype) for h in found))
+            for found in each
+        ])  # fmt: skip
 
     def _home_usages(self, active: Sequence[int]) -> list[Usage]:
         found = []
@@ -284,9 +298,21 @@ def mesh_resharder(mesh: LogicalMesh) -> Resharder:
 def choice_seconds(
     op: Op, choices: Sequence[Choice], tensors: Mapping[str, Tensor], mesh: LogicalMesh
 ) -> Array:
-    """Seconds of one execution of `op` under each choice."""
+    """Seconds of one execution of `op` under each choice, halo exchange included."""
     sizes = dict(mesh.axes)
-    return many_kernel_seconds(mesh.chip, [lower_op(op, c, tensors, sizes) for c in choices])
+    seconds = many_kernel_seconds(mesh.chip, [lower_op(op, c, tensors, sizes) for c in choices])
+    if op.rule.windows:
+        seconds += [
+            sum(_halo_seconds(h, tensors[op.ins[h.read.slot]].dtype, mesh) for h in found)
+            for found in (halos(op, c, tensors, sizes) for c in choices)
+        ]
+    return seconds
+
+
+def _halo_seconds(halo: Halo, dtype: str, mesh: LogicalMesh) -> float:
+    table, axes = prices(mesh), halo.read.axes
+    pieces = (prod(shape) * ITEM_BYTES[dtype] for shape in (halo.low, halo.high) if shape)
+    return table.kernel(halo.kernel) + sum(table.move("shift", axes, n) for n in pieces)
 
 
 def least_compute(flow: Flow, mesh: LogicalMesh) -> float:

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from os import cpu_count
 
-import meshes
 import yaml
+
+import meshes
 from costmodels.compute import efficiency
-from meshes import LogicalMesh, Topology
+from meshes import Topology
 from planner.errors import InputError
 from planner.model import Model
 from planner.modelfile import ModelErrors, load_model, render

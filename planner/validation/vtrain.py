@@ -4,7 +4,8 @@ One row is one configuration: sizes of the model, batch, and the three degrees o
 Megatron. The files are not ours to ship; docs/validation.md says where to get them. What a row
 leaves open is taken from the same repository (VIA-Research/vTrain, `src/config.py`, `src/model`):
 GPT of Megatron with recomputation of every layer, a vocabulary of 50257 padded as Megatron does,
-fp16 with a master copy, gradients in fp16 too, Adam, 1F1B without interleaving, 800 Gb/s of network per node of 8.
+fp16 with a master copy, gradients in fp16 too, Adam, 1F1B without interleaving, 800 Gb/s of
+network per node of 8.
 """
 
 from __future__ import annotations

@@ -171,6 +171,8 @@ class Interpreter:
         if c.kind == "all-to-all":
             pieces = [np.split(shards[d], len(group), axis=c.to_dim)[own] for d in group]
             return np.concatenate(pieces, axis=c.dim)
+        if c.shift:
+            return self._handed(c, shards, group, own)
         if c.kind == "collective-permute":
             return shards[self._permuted(c, device)]
         stacked = np.stack([shards[d] for d in group])
@@ -178,6 +180,18 @@ class Interpreter:
         if c.kind == "reduce-scatter":
             return np.split(total, len(group), axis=c.dim)[own]
         return total
+
+    def _handed(
+        self, c: Collective, shards: Shards, group: Sequence[Device], own: int
+    ) -> Array:
+        """The edge of the neighbour's block, zeros where there is no neighbour."""
+        neighbour = own - c.shift
+        there = 0 <= neighbour < len(group)
+        block = shards[group[neighbour if there else own]]
+        size = block.shape[c.dim]
+        edge = range(size - c.width, size) if c.shift > 0 else range(c.width)
+        piece = np.take(block, edge, axis=c.dim)
+        return piece if there else np.zeros_like(piece)
 
     def _permuted(self, c: Collective, device: Device) -> Device:
         """The device that holds, in axis order `c.axes`, the block this one needs in `c.order`."""

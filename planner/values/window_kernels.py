@@ -1,7 +1,8 @@
 """Values of convolutions, pooling and upsampling in NumPy, from whole or local arrays.
 
 Batch and channel sizes come from the arrays, which may be shards; spatial sizes and window
-geometry from the op's attributes (see `planner.graph.windows.Window`).
+geometry from the op's attributes (see `planner.graph.windows.Window`), of which a shard's op has
+its own (`planner.lowering.halo`).
 """
 
 from __future__ import annotations
@@ -22,20 +23,10 @@ Offsets = Mapping[str, int]
 Slices = tuple[slice, ...]
 
 
-def _results(op: Op) -> tuple[int, ...]:
-    a = op.attrs
-    return tuple(
-        (n + lo + hi - (k - 1) * d - 1) // s + 1
-        for n, k, s, d, (lo, hi) in zip(
-            a["spatial"], a["taps"], a["stride"], a["dilation"], a["padding"], strict=True
-        )
-    )
-
-
 def _taps(op: Op) -> Iterator[tuple[tuple[int, ...], Slices]]:
     """Every tap of the window, and the points of the padded x [b, spatial…] that it meets."""
     a = op.attrs
-    results = _results(op)
+    results = a["results"]
     for tap in product(*(range(k) for k in a["taps"])):
         met = (
             slice(k * d, k * d + s * (n - 1) + 1, s)
@@ -50,11 +41,13 @@ def _padded(op: Op, x: Array, value: float = 0.0) -> Array:
     return np.pad(x.astype(np.float64), pads, constant_values=value)
 
 
-def _unpadded(op: Op, x: Array) -> Array:
-    inside = [
-        slice(lo, lo + n)
-        for n, (lo, _) in zip(op.attrs["spatial"], op.attrs["padding"], strict=True)
-    ]
+def _own(op: Op, x: Array, offsets: Offsets) -> Array:
+    """Of the padded x what belongs to this shard."""
+    names = (op.rule.factors[inner].name for inner, _ in op.rule.windows)
+    inside = []
+    for name, own, crops in zip(names, op.attrs["own"], op.attrs["crops"], strict=True):
+        start = crops[offsets.get(name, 0) // own]
+        inside.append(slice(start, start + own))
     index = (slice(None), *inside)
     return x[index]
 
@@ -101,7 +94,7 @@ def _conv(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
     for tap, points in _taps(op):
         read = _split(padded[points], groups)
         total = total + np.einsum("bpgc,cgn->bpgn", read, _tap_filter(op, w[tap], groups))
-    return (total.reshape(*lead, *_results(op), prod(total.shape[2:])),)
+    return (total.reshape(*lead, *op.attrs["results"], prod(total.shape[2:])),)
 
 
 def _conv_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
@@ -111,8 +104,8 @@ def _conv_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ..
     split = _split(y, groups)
     for tap, points in _taps(op):
         part = np.einsum("bpgn,cgn->bpgc", split, _tap_filter(op, w[tap], groups))
-        padded[points] += part.reshape(y.shape[0], *_results(op), channels)
-    return (_unpadded(op, padded).reshape(*lead, *op.attrs["spatial"], channels),)
+        padded[points] += part.reshape(y.shape[0], *op.attrs["results"], channels)
+    return (_own(op, padded, offsets).reshape(*lead, *op.attrs["own"], channels),)
 
 
 def _conv_dw(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
@@ -147,14 +140,14 @@ def _max_pool_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array
         top = free & (padded[points] == y)
         out[points] += g * top
         free &= ~top
-    return (_unpadded(op, out).reshape(*lead, *x.shape[1:]),)
+    return (_own(op, out, offsets).reshape(*lead, *op.attrs["own"], x.shape[-1]),)
 
 
 def _avg_pool(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
     x, lead = _flat(op, args[0])
     padded = _padded(op, x)
     mean = sum(padded[points] for _, points in _taps(op)) / prod(op.attrs["taps"])
-    return (np.asarray(mean).reshape(*lead, *_results(op), x.shape[-1]),)
+    return (np.asarray(mean).reshape(*lead, *op.attrs["results"], x.shape[-1]),)
 
 
 def _avg_pool_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
@@ -162,7 +155,7 @@ def _avg_pool_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array
     out = _zeros(op, g.shape[0], g.shape[-1])
     for _, points in _taps(op):
         out[points] += g / prod(op.attrs["taps"])
-    return (_unpadded(op, out).reshape(*lead, *op.attrs["spatial"], g.shape[-1]),)
+    return (_own(op, out, offsets).reshape(*lead, *op.attrs["own"], g.shape[-1]),)
 
 
 def _upsample(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
@@ -179,6 +172,21 @@ def _upsample_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array
     return (split.sum(axis=tuple(range(2, 2 * len(times) + 1, 2))),)
 
 
+# ---- halos -------------------------------------------------------------------------------------
+
+
+def _halo(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
+    """What a shard reads of a dimension: its own block, between pieces of its neighbours'."""
+    a = op.attrs
+    axis, first = a["dim"], offsets["shard"] * a["own"] - a["low"]
+    joined = np.concatenate(list(args), axis=axis)
+    at = a["starts"][offsets["shard"]] + np.arange(a["length"])  # positions in the whole
+    here = (at >= max(first, 0)) & (at < min(first + joined.shape[axis], a["size"]))
+    read = np.take(joined, np.where(here, at - first, 0), axis=axis).astype(np.float64)
+    mask = here.reshape([-1 if i == axis else 1 for i in range(joined.ndim)])
+    return (np.where(mask, read, a["fill"]),)
+
+
 EVALUATORS: dict[str, Callable[[Op, Sequence[Array], Offsets], tuple[Array, ...]]] = {
     "conv": _conv,
     "conv_dx": _conv_dx,
@@ -189,4 +197,5 @@ EVALUATORS: dict[str, Callable[[Op, Sequence[Array], Offsets], tuple[Array, ...]
     "avg_pool_dx": _avg_pool_dx,
     "upsample": _upsample,
     "upsample_dx": _upsample_dx,
+    "halo": _halo,
 }

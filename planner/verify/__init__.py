@@ -31,6 +31,13 @@ def verify(
     Raises BackendError (no such compiler here, or it failed) or ExportError.
     """
     compiled = compile_result(result, backend, python, timeout_s)
+    return compare_compiled(result, compiled, thresholds)
+
+
+def compare_compiled(
+    result: Result, compiled: Compiled, thresholds: Thresholds | None = None
+) -> Verification:
+    """A plan against what a compiler has made of it. Raises BackendError."""
     reading = None
     if compiled.status == "compiled":
         try:
@@ -51,5 +58,5 @@ def compile_result(
 
 __all__ = [
     "BACKENDS", "BackendError", "Compiled", "ExportError", "Thresholds", "Verification",
-    "compile_result", "document", "text", "verify",
+    "compare_compiled", "compile_result", "document", "text", "verify",
 ]  # fmt: skip

@@ -174,9 +174,7 @@ def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:
         yield Moved(c.kind, c.axes, c.bytes * c.count, window)
 
 
-def collective_rows(
-    predicted: Totals, compiled: Totals, t: Thresholds | None
-) -> tuple[Row, ...]:
+def collective_rows(predicted: Totals, compiled: Totals, t: Thresholds | None) -> tuple[Row, ...]:
     """One row per kind and axes, largest first; without thresholds nothing is judged."""
     everything = sum(compiled.values()) or sum(predicted.values())
     keys = sorted(

@@ -102,7 +102,10 @@ def _run(goal: Target, interpreter: str, folder: Path, timeout_s: float) -> dict
         text = f"the {goal.backend} compiler took more than {timeout_s:.0f} s"
         raise BackendError(text) from None
     except OSError as error:
-        raise BackendError(f"cannot run {interpreter}: {error.strerror}") from None
+        raise BackendError(
+            f"cannot run {interpreter}: {error.strerror}",
+            "--python takes the interpreter of an environment that has the backend",
+        ) from None
     if done.returncode != 0:
         raise _failure(goal, done.returncode, done.stderr)
     answer: dict[str, Any] = json.loads((folder / "answer.json").read_text(encoding="utf-8"))

@@ -66,9 +66,7 @@ class Reading:
     cycles_by_phase: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
     def add(self, other: Reading, times: int) -> None:
-        self.collectives += [
-            replace(c, count=c.count * times) for c in other.collectives
-        ]
+        self.collectives += [replace(c, count=c.count * times) for c in other.collectives]
         self.flops += other.flops * times
         self.cycles += other.cycles * times
         for phase, cycles in other.cycles_by_phase.items():
@@ -127,9 +125,7 @@ class _Reader:
         names = re.findall(r"%?([\w.\-]+)", listed) if listed else [
             i.called("true_computation") or "", i.called("false_computation") or "",
         ]  # fmt: skip
-        return max(
-            (self.computation(n) for n in names), key=lambda r: (r.moved_bytes, r.flops)
-        )
+        return max((self.computation(n) for n in names), key=lambda r: (r.moved_bytes, r.flops))
 
     def _fusion(self, scope: Computation, i: Instruction) -> Reading:
         """Its inside, with the cycles of the fusion itself."""

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 from cli_support import TINY, plan
 
+from planner import verify
 from planner.export import planfile
+from planner.verify import BackendError, Compiled
 
 
 def _step(planned):
@@ -89,3 +91,60 @@ def test_several_models(capsys):
 def test_solving_and_pricing_agree(planned, capsys):
     solved = json.loads(plan(capsys, "check", TINY, "--format", "json").out)
     assert solved["checks"][0]["result"]["step_time_s"] == _step(planned)
+
+
+def _compiler(peak_bytes, status="compiled"):
+    memory = {"argument_bytes": peak_bytes, "output_bytes": 0, "alias_bytes": 0, "temp_bytes": 0}
+    needed = peak_bytes if status == "exhausted" else None
+    return lambda result, python=None: Compiled("tpu", status, {}, memory, needed)
+
+
+@pytest.mark.parametrize(
+    ("peak", "status", "code"),
+    [
+        (2**20, "compiled", 0),
+        (8 * 2**20, "compiled", 0),  # exactly the limit: a compiler needs no headroom
+        (8 * 2**20 + 1, "compiled", 1),
+        (9 * 2**20, "exhausted", 1),
+        (None, "exhausted", 1),  # without a figure it still does not fit
+    ],
+)
+def test_a_compiler_decides_whether_it_fits(planned, capsys, monkeypatch, peak, status, code):
+    """The prediction says no to 8 MiB; with --compiled only the compiler is asked."""
+    arguments = ["check", TINY, "--plan", planned, "--memory", "8MiB"]
+    assert plan(capsys, *arguments).code == 1
+    monkeypatch.setattr(verify, "compile_result", _compiler(peak, status))
+    ran = plan(capsys, *arguments, "--compiled", "--format", "json")
+    finding = json.loads(ran.out)["checks"][0]["findings"][0]
+    assert (ran.code, finding["ok"]) == (code, code == 0)
+    assert (finding["rule"], finding["value"]) == ("memory", peak)
+    assert "by the tpu compiler" in finding["message"]
+
+
+@pytest.mark.parametrize(("hint", "code"), [("pip install it", 2), ("", 3)])
+def test_without_a_compiler_there_is_no_verdict(planned, capsys, monkeypatch, hint, code):
+    def missing(result, python=None):
+        raise BackendError("no compiler", hint)
+
+    monkeypatch.setattr(verify, "compile_result", missing)
+    ran = plan(capsys, "check", TINY, "--plan", planned, "--compiled")
+    assert (ran.code, ran.out) == (code, "")
+    assert "no compiler" in ran.err
+
+
+def test_an_interpreter_is_of_use_only_with_a_compiler(capsys):
+    assert plan(capsys, "check", TINY, "--python", "python3").code == 2
+    ran = plan(capsys, "check", TINY, "--compiled", "--python", "/no/such/python")
+    assert ran.code == 2
+    assert "--python" in ran.err
+
+
+@pytest.mark.compiler
+def test_the_tpu_compiler_decides(planned, capsys):
+    pytest.importorskip("libtpu")
+    ran = plan(capsys, "check", TINY, "--plan", planned, "--compiled")
+    assert ran.code == 0
+    assert "fits" in ran.out
+    assert "by the tpu compiler" in ran.out
+    ran = plan(capsys, "check", TINY, "--plan", planned, "--compiled", "--memory", "64KiB")
+    assert ran.code == 1

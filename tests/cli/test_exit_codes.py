@@ -76,6 +76,12 @@ def test_bad_input_is_2_with_a_hint_and_nothing_on_stdout(capsys, arguments, sai
     assert "Traceback" not in ran.err
 
 
+def test_usage_leaves_out_the_name_of_the_default_command(capsys):
+    said = plan(capsys, TINY, "--bogus").err
+    assert said.startswith("Usage: plan [OPTIONS] MODEL\nTry 'plan --help'")
+    assert "Usage: plan check [OPTIONS]" in plan(capsys, "check", "--bogus").err
+
+
 def test_no_mesh_anywhere_gives_three_suggestions(capsys, tmp_path):
     model = tmp_path / "m.yaml"
     text = Path(TINY).read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ def test_examples_load(example: str) -> None:
 
 
 def test_examples_are_found() -> None:
-    assert len(EXAMPLES) == 2
+    assert len(EXAMPLES) == 3
     assert EXAMPLES[1] == (ROOT / "tests/modelfile/good/design.yaml").read_text(encoding="utf-8")
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from meshes.yamltree import parse
+from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
 from planner.model import Assumed, Model, Pipeline, Training
@@ -324,6 +325,50 @@ def _object_mismatch(part: Any, value: Any, root: Any, path: str) -> str:
         if found:
             return found
     return ""
+
+
+# ---- layers of a named architecture in a graph of one's own --------------------------------------
+
+WRITTEN_OUT = """
+dims: {B: 2, S: 3, D: 8, V: 7}
+training: {batch: B, optimizer: sgd, remat: REMAT}
+graph:
+  inputs: {tokens: "i32[B, S]", targets: "i32[B, S]"}
+  params: {embed: "[V, D]", ln_f: "[D]"}
+  ops:
+    - x = gather(embed, tokens)
+    - architecture: {kind: KIND, name: layers, carry: x, layers: 2, SETTINGS}
+    - x = rms_norm(x, ln_f)
+    - loss = cross_entropy(einsum("B S D, V D -> B S V", x, embed), targets)
+"""
+NAMED = """
+training: {batch: 2, optimizer: sgd, remat: REMAT}
+architecture: {kind: KIND, layers: 2, d_model: 8, vocab: 7, sequence: 3, SETTINGS}
+"""
+
+
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [("decoder", "heads: 2, norm: rms"), ("encoder", "heads: 2, norm: rms, gated: true"),
+     ("moe-decoder", "heads: 2, norm: rms, experts: 4, moe_every: 2")],
+)  # fmt: skip
+def test_layers_in_a_graph_are_those_of_the_architecture(
+    kind: str, settings: str, remat: str
+) -> None:
+    """The whole training step is the same: every value that it computes."""
+
+
+    def step_of(text: str) -> Graph:
+        filled = text.replace("KIND", kind).replace("SETTINGS", settings)
+        return training_step(load_model(filled.replace("REMAT", remat), "m.yaml"))
+
+    mixed, named = step_of(WRITTEN_OUT), step_of(NAMED)
+    assert set(mixed.outputs) == set(named.outputs)
+    inputs = reference.random_inputs(named)
+    got, wanted = (reference.evaluate(step, inputs) for step in (mixed, named))
+    for name in named.outputs:
+        np.testing.assert_allclose(got[name], wanted[name], rtol=1e-9, err_msg=name)
 
 
 PIPELINED = "training: {batch: 64, pipeline_microbatches: 8}\n" + ARCHITECTURE

@@ -57,7 +57,8 @@ PATTERNS: dict[str, Pattern] = {
 def hand_annotation(
     graph: Graph, pattern: Pattern, sizes: dict[str, int], batch: str, model: str
 ) -> Annotation:
-    """`pattern` for the parameters and main activations of `graph`, where sizes divide."""
+    """`pattern` for the parameters and main activations of `graph`; a dimension that several
+    axes do not divide is left to the first of them, if those divide it."""
     found = {}
     for name, t in graph.all_tensors().items():
         if name.endswith("[i]") or not (t.role == "parameter" or _named(name, t)):
@@ -65,9 +66,14 @@ def hand_annotation(
         axes = pattern(t, batch, model)
         shape = t.shape[len(t.shape) - len(axes) :]
         found[name] = tuple(
-            a if n % _size(a, sizes) == 0 else () for n, a in zip(shape, axes, strict=True)
+            _dividing(n, a, sizes) for n, a in zip(shape, axes, strict=True)
         )
     return found
+
+
+def _dividing(n: int, axes: tuple[str, ...], sizes: dict[str, int]) -> tuple[str, ...]:
+    """The longest beginning of `axes` that divides `n`."""
+    return next(axes[:i] for i in range(len(axes), -1, -1) if n % _size(axes[:i], sizes) == 0)
 
 
 def _named(name: str, t: Tensor) -> bool:

@@ -21,6 +21,7 @@ def test_the_named_models_are_there() -> None:
     wanted = {
         "lamda-137b", "bert-480b", "gpt3-175b", "llama3-8b", "llama3-70b", "t5-11b", "vit-22b",
         "resnet-50", "unet-2d", "unet-3d", "gshard-m4", "glam-1.2t", "mixtral-8x7b",
+        "wide-resnet-50-2",
     }  # fmt: skip
     assert wanted <= set(NAMES)
 

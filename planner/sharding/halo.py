@@ -1,0 +1,142 @@
+"""What shards of a spatial dimension read beyond their own block: halos.
+
+Where an axis splits the spatial dimension of a convolution or pooling, it splits the dimension
+of x and that of y alike. A shard of the result then needs a range of the operand that overlaps
+the blocks of its neighbours:
+
+    y block of B points from r·B         x from s·r·B - low, (B - 1)·s + reach points of it
+    x block of A points from r·A         y whose windows meet the block
+    x block, when y are maxima of x      x of all windows that meet the block
+
+(shard r, stride s, padding low). The ranges of all shards are equally long; what lies outside of
+the whole dimension counts as padding. Only geometry belongs here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+from planner.graph.core import Op, Rule
+from planner.graph.windows import reach
+from planner.sharding.spec import Sizes
+
+Split = tuple[tuple[str, ...], ...]
+
+# Kind → operand → what a shard reads of it; other operands are read as they lie.
+_READS = {
+    "conv": {0: "x"}, "conv_dw": {0: "x"}, "conv_dx": {0: "y"},
+    "max_pool": {0: "x"}, "max_pool_dx": {0: "around", 1: "y", 2: "y"},
+    "avg_pool": {0: "x"}, "avg_pool_dx": {0: "y"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Read:
+    """Of dimension `dim` (`size` in blocks of `own`) of operand `slot`, shard r reads
+    `length` points from `starts[r]`; `fill` stands for what does not exist."""
+
+    slot: int
+    dim: int
+    axes: tuple[str, ...]
+    size: int
+    own: int
+    starts: tuple[int, ...]
+    length: int
+    fill: float
+
+    @property
+    def low(self) -> int:
+        """Points from the neighbour before: the most that any shard needs."""
+        return max(0, *(min(r * self.own - s, r * self.own) for r, s in enumerate(self.starts)))
+
+    @property
+    def high(self) -> int:
+        """Points from the neighbour after."""
+        ends = ((r + 1) * self.own for r in range(len(self.starts)))
+        return max(
+            0,
+            *(
+                min(s + self.length, self.size) - end
+                for s, end in zip(self.starts, ends, strict=True)
+            ),
+        )
+
+    @property
+    def as_it_lies(self) -> bool:
+        return self.length <= self.own and all(
+            s == r * self.own for r, s in enumerate(self.starts)
+        )
+
+
+@dataclass(frozen=True)
+class Along:
+    """One split spatial dimension of an op: how its shards compute their part.
+
+    `spatial`: points of x (padding included) that a shard's op works on; `results`: of y.
+    `crops[r]`: where its block begins in those points, for ops that make x.
+    """
+
+    window: int
+    reads: tuple[Read, ...]
+    spatial: int
+    results: int
+    crops: tuple[int, ...]
+
+
+def split_windows(rule: Rule, split: Split) -> list[int]:
+    """Numbers of the spatial dimensions that axes split."""
+    return [w for w, (inner, _) in enumerate(rule.windows) if split[inner]]
+
+
+def along(op: Op, split: Split, sizes: Sizes, window: int) -> Along:
+    """The geometry of spatial dimension `window` of `op`, which `split` splits."""
+    inner, outer = op.rule.windows[window]
+    axes = split[inner]
+    shards = range(prod(sizes[a] for a in axes))
+    a, b = (op.rule.factors[f].size // len(shards) for f in (inner, outer))
+    stride = op.attrs["stride"][window]
+    low = op.attrs["padding"][window][0]
+    extent = reach(op.attrs["taps"][window], op.attrs["dilation"][window])
+    wanted = _READS[op.kind]
+    if "y" not in wanted.values():
+        first = tuple(stride * r * b - low for r in shards)
+        spatial, results, crops = (b - 1) * stride + extent, b, first
+        ranges = {"x": (first, spatial)}
+    else:
+        begin = tuple(
+            min(-((extent - 1 - low - r * a) // stride), (r * a + low) // stride) for r in shards
+        )
+        last = ((r * a + a - 1 + low) // stride for r in shards)
+        results = max(e - s + 1 for s, e in zip(begin, last, strict=True))
+        crops = tuple(r * a + low - stride * s for r, s in enumerate(begin))
+        spatial = max((results - 1) * stride + extent, *(c + a for c in crops))
+        ranges = {
+            "y": (begin, results),
+            "around": (tuple(stride * s - low for s in begin), spatial),
+        }
+    reads = [
+        _read(op, slot, inner if what != "y" else outer, axes, ranges[what], len(shards))
+        for slot, what in wanted.items()
+    ]
+    return Along(window, tuple(reads), spatial, results, crops)
+
+
+def _read(
+    op: Op, slot: int, factor: int, axes: tuple[str, ...], points: tuple[tuple[int, ...], int],
+    shards: int,
+) -> Read:  # fmt: skip
+    dim = op.rule.ins[slot].index((factor,))
+    size = op.rule.factors[factor].size
+    maxima = op.kind in ("max_pool", "max_pool_dx") and slot == 0
+    fill = float("-inf") if maxima else 0.0
+    return Read(slot, dim, axes, size, size // shards, *points, fill)
+
+
+def reaches_neighbours(op: Op, split: Split, sizes: Sizes) -> bool:
+    """Whether no shard needs more than its two neighbours have: one shift each way is enough."""
+    return all(
+        max(read.low, read.high) <= read.own
+        for w in split_windows(op.rule, split)
+        for read in along(op, split, sizes, w).reads
+    )
