@@ -10,7 +10,8 @@ that is `drain`, about the time to fill the on-chip memory once.
 
 Matmuls, GPU (multiprocessors). The result is cut in tiles, tiles run in waves of one per
 multiprocessor, the last wave is as long as a full one; the best of a few tile sizes and
-splits of the contracted dimension is taken, as vendor libraries do:
+splits of the contracted dimension is taken, as vendor libraries do. A tile takes the time of its
+contracted length and of a fixed length more, for filling and draining:
 
     seconds = launch + max(waves * tile time + adding up the splits, HBM traffic)
 
@@ -45,6 +46,7 @@ class Efficiency:
     result_s: seconds per result element, by bytes of an element.
     stream: fraction of HBM bytes/s of element-wise passes, by bytes of an element.
     tiles: (m, n, fraction of a multiprocessor's peak), GPUs only.
+    fill: filling and draining a tile, in units of contracted length, GPUs only.
     eager_dispatch_s: Chip.dispatch_s of a machine whose framework issues op by op.
     """
 
@@ -57,6 +59,7 @@ class Efficiency:
     stream: tuple[tuple[int, float], ...]
     tiles: tuple[tuple[int, int, float], ...]
     splits: tuple[int, ...]
+    fill: float = 0.0
     eager_dispatch_s: float = 0.0
 
 
@@ -166,7 +169,7 @@ def _tiled(
     for tile_m, tile_n, fraction in table.tiles:
         count = b * np.ceil(m / tile_m) * np.ceil(n / tile_n)
         for split in table.splits:
-            depth = np.ceil(k / split / step) * step
+            depth = np.ceil(k / split / step) * step + table.fill
             tile_s = 2 * tile_m * tile_n * depth * units / (peak * fraction * table.compute)
             # Every split writes partial sums in f32 and one pass reads them all.
             adding = 8 * split * b * m * n / chip.hbm_bytes_per_s if split > 1 else 0.0
@@ -206,6 +209,7 @@ def efficiency(name: str) -> Efficiency:
         stream=_table(data["stream"]),
         tiles=tuple((int(m), int(n), float(e)) for m, n, e in data.get("tiles", ())),
         splits=tuple(data.get("splits", (1,))),
+        fill=float(data.get("fill", 0)),
         eager_dispatch_s=float(data.get("eager_dispatch_s", 0)),
     )
 

@@ -33,6 +33,12 @@ class Layout:
     states: Rules | None = None
     literal: bool = False
 
+    @property
+    def axes(self) -> set[str]:
+        """All mesh axes that the rules name."""
+        rules = (self.parameters, self.activations, self.states or {})
+        return {axis for rule in rules for axes in rule.values() for axis in axes}
+
 
 @dataclass(frozen=True)
 class Laid:

@@ -16,11 +16,12 @@ import yaml
 
 import meshes
 from costmodels.compute import efficiency
-from meshes import Topology
+from meshes import LogicalMesh, Topology
+from planner import zoo
 from planner.errors import InputError
 from planner.model import Model
 from planner.modelfile import ModelErrors, load_model, render
-from planner.planning import price_annotations
+from planner.planning import Infeasible, Options, plan_model, price_annotations
 from planner.result import Result
 from planner.validation.layouts import lay
 from planner.validation.runs import Run, Suite
@@ -46,11 +47,23 @@ def simulate_run(run: Run) -> Result:
         raise InputError(f"{run.id}: its model needs a mesh with a shape")
     topology = _topology(model.mesh, run.eager, run.network_bytes_per_s)
     mesh = meshes.logical(topology, dict(model.shape), model.layout)
-    unknown = _axes(run) - set(dict(mesh.axes))
+    if run.layout is None:
+        return _planned(model, mesh)
+    if isinstance(run.layout, str):
+        return price_annotations(model, mesh, zoo.published(model.name))
+    unknown = run.layout.axes - set(dict(mesh.axes))
     if unknown:
         raise InputError(f"{run.id}: the mesh has no axis {sorted(unknown)[0]!r}")
     laid = lay(model, run.layout, dict(mesh.axes))
     return price_annotations(model, mesh, laid.annotation, as_laid=laid.as_laid)
+
+
+def _planned(model: Model, mesh: LogicalMesh) -> Result:
+    """The fastest plan that fits without headroom; else the one of least memory."""
+    try:
+        return plan_model(model, mesh, Options(headroom=0.0))
+    except Infeasible as infeasible:
+        return infeasible.result
 
 
 def predict(run: Run) -> Prediction:
@@ -77,6 +90,10 @@ def _chunk(runs: Sequence[Run], workers: int) -> int:
 
 
 def load(run: Run) -> Model:
+    if isinstance(run.model, str):
+        if run.model not in zoo.names():
+            raise InputError(f"{run.id}: no model {run.model!r} in the zoo")
+        return load_model(zoo.text(run.model), run.model)
     text = yaml.safe_dump(dict(run.model), sort_keys=False)
     try:
         return load_model(text, run.id)
@@ -99,10 +116,3 @@ def _topology(name: str, eager: bool, network_bytes_per_s: float | None) -> Topo
     chip = topology.chip
     dispatch_s = efficiency(chip.efficiency).eager_dispatch_s
     return replace(topology, chip=replace(chip, dispatch_s=dispatch_s))
-
-
-def _axes(run: Run) -> set[str]:
-    rules = (run.layout.parameters, run.layout.activations, run.layout.states or {})
-    return {axis for rule in rules for axes in rule.values() for axis in axes}
-
-

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from planner.validation.layouts import Layout
+
+
+PUBLISHED: Literal["published"] = "published"
+PLANNED = "planned"  # how files call the layout that the planner chooses
 
 
 @dataclass(frozen=True)
@@ -29,15 +33,17 @@ class Measured:
 
 @dataclass(frozen=True)
 class Run:
-    """`model`: the content of a model file, its mesh with shape included. `group`: runs that
+    """`model`: the content of a model file, its mesh with shape included; of a model of the zoo
+    only its name. `layout`: None for one that the planner chooses, PUBLISHED for the annotation
+    that the zoo has of its source. `group`: runs that
     differ only in how they are parallelised, among which a planner chooses.
     `network_bytes_per_s`: of one device between nodes, if not as in the catalogue."""
 
     id: str
     name: str
     source: str
-    model: Mapping[str, Any]
-    layout: Layout
+    model: Mapping[str, Any] | str
+    layout: Layout | Literal["published"] | None
     measured: Measured
     eager: bool = False
     group: str = ""
@@ -47,7 +53,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Suite:
-    """Runs with a name. `what`: the figure that errors are of, step_time, mfu or hfu."""
+    """Runs with a name; `sources` by the short names that the file uses."""
 
     name: str
     runs: tuple[Run, ...]

@@ -17,7 +17,7 @@ from planner.export.jsontext import checked, read_text
 from planner.modelfile.scalars import plain_data
 from planner.validation import vtrain
 from planner.validation.layouts import Layout, Rules
-from planner.validation.runs import Measured, Run, Suite
+from planner.validation.runs import PLANNED, PUBLISHED, Measured, Run, Suite
 
 _SUFFIX = ".yaml"
 
@@ -58,7 +58,7 @@ class RunFields(_Strict):
     id: Annotated[str, Field(min_length=1)]
     name: str = ""
     source: str
-    model: dict[str, Any]
+    model: dict[str, Any] | str
     layout: str | LayoutFields
     measured: MeasuredFields
     eager: bool = False
@@ -117,18 +117,28 @@ def from_text(text: str, name: str, file: str) -> Suite:
 
 
 def _run(run: RunFields, suite: SuiteFields, file: str) -> Run:
+    measured = Measured(**run.measured.model_dump())
+    return Run(
+        run.id, run.name or run.id, suite.sources.get(run.source, run.source), run.model,
+        _layout(run, suite, file), measured, run.eager, run.group, run.network_bytes_per_s,
+        run.notes,
+    )  # fmt: skip
+
+
+def _layout(run: RunFields, suite: SuiteFields, file: str) -> Layout | Literal["published"] | None:
     layout = run.layout
+    if layout == PLANNED:
+        return None
+    if layout == PUBLISHED:
+        if isinstance(run.model, str):
+            return PUBLISHED
+        raise InputError(f"{file}: {run.id}: only models of the zoo have published annotations")
     if isinstance(layout, str):
         if layout not in suite.layouts:
             known = ", ".join(suite.layouts) or "none"
             raise InputError(f"{file}: {run.id}: no layout {layout!r}", f"known: {known}")
         layout = suite.layouts[layout]
-    source = suite.sources.get(run.source, run.source)
-    measured = Measured(**run.measured.model_dump())
-    return Run(
-        run.id, run.name or run.id, source, run.model, layout.layout(), measured, run.eager,
-        run.group, run.network_bytes_per_s, run.notes,
-    )  # fmt: skip
+    return layout.layout()
 
 
 def _rules(fields: _Rules) -> Rules:
