@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from costmodels.pipeline import PipelineProgram
 from costmodels.pricing import prices
 from costmodels.program import MOVES, Collective, Program
 from meshes import LogicalMesh
@@ -31,7 +32,7 @@ class CollectiveRow:
         return self.bytes * self.count
 
 
-def collectives(program: Program, mesh: LogicalMesh) -> list[CollectiveRow]:
+def collectives(program: Program | PipelineProgram, mesh: LogicalMesh) -> list[CollectiveRow]:
     """Rows that differ in kind, axes, bytes or tensor; trip counts of loops are multiplied in."""
     table = prices(mesh)
     counts: dict[tuple[str, tuple[str, ...], int, float, str], int] = {}

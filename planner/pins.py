@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from planner.graph.core import Graph
-from planner.graph.derive import AGAIN
+from planner.graph.core import Graph, Loop
+from planner.graph.derive import ACCUMULATE, AGAIN
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 
@@ -50,6 +50,21 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
             if other in tensors and tensors[other].shape == tensor.shape:
                 pins[other] = spec
     return pins
+
+
+def part_copies(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Pins of the copies that the loop over parts of the batch gets of pinned parameters.
+
+    Who says how a step runs does not mean that weights are gathered once for all parts, which
+    would be cheap, and fill the memory.
+    """
+    return {
+        f"{name}@{node.name}": pins[name]
+        for node in graph.nodes
+        if isinstance(node, Loop) and node.name == ACCUMULATE
+        for name in node.shared
+        if name in pins and graph.tensors[name].role == "parameter"
+    }
 
 
 def _check(name: str, spec: Spec, shape: Sequence[int], sizes: Sizes) -> None:

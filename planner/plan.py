@@ -25,12 +25,19 @@ class Proof:
 
 @dataclass(frozen=True)
 class Plan:
-    """`choices` by op name (recomputed ops follow their origin), `homes` by home id."""
+    """`choices` by op name (recomputed ops follow their origin), `homes` by home id.
+
+    Of a pipeline: `starts` says where its stages start (see pipelining.pieces), `pieces` has a
+    plan for every kind of stage in order, over the axes without the pipeline's; the plan itself
+    has the choices of all of them, and no homes.
+    """
 
     axes: tuple[tuple[str, int], ...]
     choices: Mapping[str, Choice]
     homes: tuple[Spec, ...]
     proof: Proof
+    pieces: tuple[Plan, ...] = ()
+    starts: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from costmodels.memory import Memory, read_memory
 from costmodels.program import Program
@@ -22,14 +23,18 @@ from planner.graph.flops import count_flops
 from planner.ilp import Outcome, solve
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Model
-from planner.pins import Annotation, pinned_specs
+from planner.pins import Annotation, part_copies, pinned_specs
 from planner.plan import Plan, Proof
 from planner.report import amounts
 from planner.result import Result
 from planner.sharding.flow import Flow, build_flow
-from planner.sharding.formulate import Space, least_compute, mesh_resharder
+from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_resharder
 from planner.sharding.reshard import Resharder
+from planner.sharding.spec import Spec
 from planner.tying import tied_annotation, tied_meshes, untied
+
+if TYPE_CHECKING:
+    from planner.pipelining.planning import PipelinePlanning
 
 DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
@@ -82,7 +87,7 @@ def plan_model(
 
     Raises Infeasible (with the least-memory plan), Unsolved, or PinError.
     """
-    return _Planning(model, mesh, options or Options(), model.constraints, progress).best()
+    return _planning(model, mesh, options, model.constraints, progress).best()
 
 
 def price_annotations(
@@ -97,7 +102,7 @@ def price_annotations(
     programs written by hand do. Raises PinError, and Unsatisfiable if no op can read them so.
     """
     options = replace(options or Options(), least_memory=False)
-    planning = _Planning(model, mesh, options, annotation, None, frozenset(as_laid))
+    planning = _planning(model, mesh, options, annotation, given=True, as_laid=as_laid)
     return planning.completed()
 
 
@@ -110,11 +115,27 @@ def reprice(
     `annotation` is the one the plan was made under. Raises ValueError if it does not belong to
     this model and mesh.
     """
-    return _Planning(model, mesh, options or Options(), annotation, None).read(plan)
+    return _planning(model, mesh, options, annotation).read(plan)
+
+
+def _planning(
+    model: Model, mesh: LogicalMesh, options: Options | None, annotation: Annotation,
+    progress: Progress | None = None, given: bool = False, as_laid: Collection[str] = (),
+) -> Planning | PipelinePlanning:  # fmt: skip
+    """How a model is planned: in stages if its pipeline has several."""
+    if model.pipeline is None or dict(mesh.axes).get(model.pipeline.axis) == 1:
+        return Planning(
+            model, mesh, options or Options(), annotation, progress, given, frozenset(as_laid)
+        )
+    from planner.pipelining.planning import PipelinePlanning  # it plans stages with Planning
+
+    return PipelinePlanning(
+        model, mesh, options or Options(), annotation, progress, given, frozenset(as_laid)
+    )
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class Candidate:
     plan: Plan
     program: Program
     memory: Memory
@@ -122,13 +143,16 @@ class _Candidate:
 
 
 @dataclass
-class _Planning:
+class Planning:
+    """Everything about planning one training step on one mesh."""
+
     model: Model
     mesh: LogicalMesh
     options: Options
     annotation: Annotation
     progress: Progress | None
-    as_laid: frozenset[str] = frozenset()
+    given: bool = False  # the annotation says how the step runs, not what it may not do
+    as_laid: frozenset[str] = frozenset()  # annotated tensors that are read as they lie
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
@@ -137,11 +161,20 @@ class _Planning:
 
     def __post_init__(self) -> None:
         self.say("deriving the training step")
-        self.graph = training_step(self.model, keep=tuple(self.annotation))
-        sizes = dict(self.mesh.axes)
-        self.flow = build_flow(self.graph, pinned_specs(self.graph, self.annotation, sizes))
+        self.graph = self.step()
+        self.flow = self.laid_out()
         limit = self.options.memory_bytes
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
+
+    def step(self) -> Graph:
+        return training_step(self.model, keep=tuple(self.annotation))
+
+    def laid_out(self) -> Flow:
+        return build_flow(self.graph, self.pins())
+
+    def pins(self) -> dict[str, Spec]:
+        pins = pinned_specs(self.graph, self.annotation, dict(self.mesh.axes))
+        return {**pins, **part_copies(self.graph, pins)} if self.given else pins
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -151,8 +184,12 @@ class _Planning:
     def space(self) -> Space:
         self.say("pricing choices")
         rigid = {n: axes for n, axes in self.annotation.items() if n in self.as_laid}
-        specs = pinned_specs(self.graph, rigid, dict(self.mesh.axes))
-        return Space(self.flow, self.mesh, specs)
+        as_laid = pinned_specs(self.graph, rigid, dict(self.mesh.axes))
+        return Space(self.flow, self.mesh, self.home_seconds(), as_laid)
+
+    def home_seconds(self) -> HomeSeconds | None:
+        """What homes cost by themselves: nothing."""
+        return None
 
     @cached_property
     def prefetched(self) -> set[str]:
@@ -173,7 +210,7 @@ class _Planning:
         if sum(size > 1 for _, size in self.mesh.axes) > EXACT_AXES:
             return self.tied()
         overlapping = bool(self.mesh.chip.overlap)
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         proofs: list[Proof] = []
         for weights in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
             try:
@@ -196,7 +233,7 @@ class _Planning:
         for pair, mesh in tied_meshes(self.mesh, self.annotation):
             self.say(f"tying axes {pair[0]} and {pair[1]}")
             tied = tied_annotation(self.annotation, pair)
-            planning = _Planning(self.model, mesh, self.options, tied, self.progress)
+            planning = Planning(self.model, mesh, self.options, tied, self.progress)
             planning.began = self.began
             result = planning.best()
             found.append((result.timing.step_time_s, untied(result.plan, pair, self.mesh)))
@@ -224,16 +261,20 @@ class _Planning:
         return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
     def read(self, plan: Plan) -> Result:
+        self.check(plan)
+        return self.result(self.lowered(plan))
+
+    def check(self, plan: Plan) -> None:
+        """Raises ValueError if the plan is for something else."""
         expected = {site.op.origin or name for name, site in self.flow.sites.items()}
         if set(plan.choices) != expected or len(plan.homes) != len(self.flow.homes):
             raise ValueError("the plan does not belong to this model")
         if plan.axes != self.mesh.axes:
             raise ValueError(f"the plan is for mesh {plan.axes}, not {self.mesh.axes}")
-        return self.result(self.lowered(plan))
 
     # ---- the ILP with memory ---------------------------------------------------------------
 
-    def fitting(self, weights: Weights) -> _Candidate:
+    def fitting(self, weights: Weights) -> Candidate:
         """Least surrogate cost among the plans that fit; constraints are added as needed."""
         for _ in range(MEMORY_ROUNDS):
             limited = self.target - self.slack if self.active else None
@@ -286,7 +327,7 @@ class _Planning:
         """The plan of least memory (multiplicative weights over the constrained steps)."""
         self.say("nothing fits: looking for the plan of least memory")
         weights = dict.fromkeys(self.active, 1.0)
-        found: list[_Candidate] = []
+        found: list[Candidate] = []
         for _ in range(LEAST_MEMORY_ROUNDS):
             outcome = solve(
                 self.space.memory_problem(weights), time_limit=self.time_left(),
@@ -308,19 +349,22 @@ class _Planning:
 
     # ---- readings -------------------------------------------------------------------------
 
-    def candidate(self, outcome: Outcome, status: str = "") -> _Candidate:
+    def candidate(self, outcome: Outcome, status: str = "") -> Candidate:
+        return self.lowered(self.candidate_plan(outcome, status))
+
+    def candidate_plan(self, outcome: Outcome, status: str = "") -> Plan:
         if outcome.choice is None:
             raise Unsolved(f"no plan found ({outcome.status})")
         proof = Proof(
             status or outcome.status, outcome.cost, outcome.bound, outcome.gap, outcome.seconds
         )
-        return self.lowered(self.space.plan(outcome.choice.tolist(), proof))
+        return self.space.plan(outcome.choice.tolist(), proof)
 
-    def lowered(self, plan: Plan) -> _Candidate:
+    def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
-        return _Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
+        return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
-    def result(self, c: _Candidate) -> Result:
+    def result(self, c: Candidate) -> Result:
         return Result(
             self.model, self.mesh, self.graph, c.plan, c.program, c.timing, c.memory,
             count_flops(self.graph), self.limit, self.options.headroom,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from costmodels.memory import Memory
+from costmodels.pipeline import PipelineProgram
 from costmodels.program import Program
 from costmodels.simulate import Timing
 from meshes import LogicalMesh
@@ -32,7 +33,7 @@ class Result:
     mesh: LogicalMesh
     graph: Graph
     plan: Plan
-    program: Program
+    program: Program | PipelineProgram
     timing: Timing
     memory: Memory
     flops: FlopCount
@@ -40,6 +41,14 @@ class Result:
     headroom: float
     specs: Mapping[str, Spec]
     notes: tuple[str, ...] = ()
+
+    @property
+    def one_program(self) -> Program:
+        """The program of all devices; ValueError if stages of a pipeline have programs of their
+        own."""
+        if isinstance(self.program, PipelineProgram):
+            raise ValueError(f"{self.model.name} is pipelined: its devices run several programs")
+        return self.program
 
     @property
     def fits(self) -> bool:

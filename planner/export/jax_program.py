@@ -29,8 +29,13 @@ def result_program(result: Result) -> str:
 def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
     to the compiler (activations)."""
-    if model.training.pipeline_microbatches > 1:
-        raise ExportError("pipelined training steps cannot be written as a JAX program yet")
+    if model.pipeline is not None:
+        nearest = "circular" if model.pipeline.interleave > 1 else "gpipe"
+        raise ExportError(
+            f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "
+            "programs of their own, which no one JAX program can be; the nearest that can is "
+            f"--set pipeline.schedule={nearest}"
+        )
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place)
     uses = {use: partition(spec) for use, spec in place.uses.items()}

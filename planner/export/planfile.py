@@ -7,7 +7,7 @@ every home, and the figures that were predicted, for comparison with later plans
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +67,11 @@ class _Proof(_Strict):
     gap: float | None
 
 
+class _Piece(_Strict):
+    choices: dict[str, _Choice]
+    homes: tuple[_Home, ...]
+
+
 class _Document(_Strict):
     format: Literal["shardplan-plan"]
     schema_version: Literal[1]
@@ -80,6 +85,8 @@ class _Document(_Strict):
     proof: _Proof
     choices: dict[str, _Choice]
     homes: tuple[_Home, ...]
+    pieces: tuple[_Piece, ...] = ()  # of a pipeline: every kind of stage, over the other axes
+    starts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,7 +112,8 @@ class PlanFile:
 
 
 def dump(stored: PlanFile) -> str:
-    source, proof = stored.source, stored.plan.proof
+    source, plan, proof = stored.source, stored.plan, stored.plan.proof
+    pieces = {"pieces": [_decisions(p) for p in plan.pieces], "starts": list(plan.starts)}
     return pretty(
         {
             "format": FORMAT, "schema_version": 1, "generator": signature(),
@@ -128,10 +136,17 @@ def dump(stored: PlanFile) -> str:
                 "status": proof.status, "objective_s": finite(proof.objective_s),
                 "bound_s": finite(proof.bound_s), "gap": finite(proof.gap),
             },
-            "choices": {name: _choice(c) for name, c in stored.plan.choices.items()},
-            "homes": [_home(spec) for spec in stored.plan.homes],
+            **_decisions(plan if not plan.pieces else replace(plan, choices={})),
+            **(pieces if plan.pieces else {}),
         }
     )  # fmt: skip
+
+
+def _decisions(plan: Plan) -> dict[str, Any]:
+    return {
+        "choices": {name: _choice(c) for name, c in plan.choices.items()},
+        "homes": [_home(spec) for spec in plan.homes],
+    }
 
 
 def _layout(stored: PlanFile) -> dict[str, dict[str, int]] | None:
@@ -172,18 +187,19 @@ def _plan_file(d: _Document, file: str) -> PlanFile:
         d.proof.status, _infinite(d.proof.objective_s), _infinite(d.proof.bound_s),
         _infinite(d.proof.gap),
     )  # fmt: skip
-    plan = Plan(
-        stamp.axes,
-        {name: Choice(c.split, c.passed) for name, c in d.choices.items()},
-        tuple(Spec(h.dims, h.partial) for h in d.homes),
-        proof,
-    )
+    pieces = tuple(_plan(piece, stamp.axes, proof) for piece in d.pieces)
+    plan = replace(_plan(d, stamp.axes, proof), pieces=pieces, starts=d.starts)
     source = Source(d.model.argument, d.model.file, d.model.text, d.model.overrides)
     return PlanFile(
         file, stamp, source, d.mesh.argument, d.mesh.text, d.mesh.layout,
         d.options.memory_bytes, d.options.headroom, d.options.seed, d.constraints, d.predicted,
         plan,
     )  # fmt: skip
+
+
+def _plan(d: _Document | _Piece, axes: tuple[tuple[str, int], ...], proof: Proof) -> Plan:
+    choices = {name: Choice(c.split, c.passed) for name, c in d.choices.items()}
+    return Plan(axes, choices, tuple(Spec(h.dims, h.partial) for h in d.homes), proof)
 
 
 def _infinite(number: float | None) -> float:

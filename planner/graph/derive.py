@@ -8,7 +8,7 @@ copies of the forward ops (`origin` names the op they repeat). Gradients of sing
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.graph import expr as ex
@@ -22,41 +22,118 @@ from planner.model import RECOMPUTES_ALL, Model, Training
 AGAIN = "~"  # suffix of a recomputed tensor
 
 
+@dataclass(frozen=True)
+class Boundary:
+    """What a piece of a model shares with other pieces, by the names it has in the piece.
+
+    `received` tensors are among the piece's inputs, `sent` ones are made or received by it. Of
+    those in `differentiable` cotangents come back, or are sent back. `shared` parameters are
+    read by other pieces too, by those numbered.
+    """
+
+    received: tuple[str, ...] = ()
+    sent: tuple[str, ...] = ()
+    differentiable: frozenset[str] = frozenset()
+    shared: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    loss: bool = True
+
+
+ACCUMULATE = "accumulate"  # the loop over parts of the batch
+
+
+def all_parts(tensor: str) -> str:
+    """The stack of a tensor over the parts of the batch."""
+    return f"{tensor}.all"
+
+
+def received_cotangent(tensor: str) -> str:
+    """A piece's input that holds the cotangent of a tensor it has sent."""
+    return f"{tensor}.cotangent"
+
+
+def sent_parts(tensor: str) -> str:
+    """The stack of a tensor (or cotangent) that a piece sends."""
+    return f"{tensor}.sent"
+
+
+def given_gradient(parameter: str, giver: int) -> str:
+    """The gradient that another piece, number `giver`, has for a shared parameter."""
+    return f"{parameter}.grad.of{giver}"
+
+
 def training_step(model: Model, keep: Collection[str] = ()) -> Graph:
     """The step's graph: inputs → loss, new parameters and states (aliased to the old ones).
 
     Tensors in `keep`, and their cotangents, are never fused away.
     """
-    forward = fuse_graph(model.graph, keep)
-    settings = model.training
+    return piece_step(fuse_graph(model.graph, keep), model.training, keep, None)
+
+
+def piece_step(
+    forward: Graph, settings: Training, keep: Collection[str], boundary: Boundary | None
+) -> Graph:
+    """The step of a fused forward graph: a whole model's, or that of a piece with a `boundary`.
+
+    A piece always has the loop over parts of the batch; there it reads what it receives and
+    writes what it sends, a slice each time.
+    """
     outer = _fresh_builder(settings)
     steps = settings.parts
-    if steps == 1:
+    looped = steps > 1 or boundary is not None
+    if not looped:
         scope = outer
         for name in forward.inputs:
             _declare_input(scope, forward.tensors[name])
     else:
-        scope = outer.repeat("accumulate", steps)
+        scope = outer.repeat(ACCUMULATE, steps)
         scope.prefix = ""  # tensors keep the names of the model
         for name in forward.inputs:
             _declare_accumulated_input(outer, scope, forward.tensors[name], steps)
+    edge = boundary or Boundary()
     cotangents: dict[str, str] = {}
-    loss, gradients = _differentiate(scope, forward, settings, frozenset(keep), cotangents)
+    loss, gradients, sent = _differentiate(
+        scope, forward, settings, frozenset(keep), cotangents, edge
+    )
     whole = {*keep, *(cotangents[t] for t in keep if t in cotangents)}
-    if steps > 1:
+    if looped:
+        writes = [_declare_sent(outer, scope.lookup(name), steps) for name in sent]
         loss, gradients = _close_accumulation(
-            outer, scope, loss, gradients, steps, whole, settings.gradients
+            outer, scope, loss, gradients, settings, whole, writes
         )
-    aliases: dict[str, str] = {}
     outer.phase = "update"
+    given = [gradients[p] for p in edge.shared]
+    for name, others in edge.shared.items():
+        gradients[name] = _with_given(outer, name, gradients[name], others)
+    aliases: dict[str, str] = {}
     for name, gradient in gradients.items():
         aliases.update(update(outer, settings, name, gradient))
-    outer.nodes = list(fuse_nodes(outer.nodes, outer.tensors, keep={loss, *aliases, *whole}))
+    outputs = (*((loss,) if loss else ()), *given, *aliases)
+    outer.nodes = list(fuse_nodes(outer.nodes, outer.tensors, keep={*outputs, *whole}))
     used = _referenced(outer.nodes)
     tensors = {n: t for n, t in outer.tensors.items() if n in used or n in outer.inputs}
-    return Graph(
-        tensors, tuple(outer.nodes), tuple(outer.inputs), (loss, *aliases), aliases, cotangents
-    )
+    return Graph(tensors, tuple(outer.nodes), tuple(outer.inputs), outputs, aliases, cotangents)
+
+
+def _declare_sent(outer: Builder, tensor: Tensor, steps: int) -> Stack:
+    name = sent_parts(tensor.name)
+    outer.declare(
+        replace(
+            tensor, name=name, shape=(steps, *tensor.shape), dims=("micro", *tensor.dims),
+            role="residual",
+        )
+    )  # fmt: skip
+    return Stack(name, tensor.name)
+
+
+def _with_given(outer: Builder, parameter: str, own: str, others: Sequence[int]) -> str:
+    """A shared parameter's gradient: the piece's own and what the other pieces give."""
+    like = outer.lookup(own)
+    parts = [own]
+    for giver in others:
+        other = replace(like, name=given_gradient(parameter, giver), role="gradient")
+        outer.inputs.append(outer.declare(other))
+        parts.append(other.name)
+    return add_up(outer, f"{parameter}.grad.total", parts)
 
 
 def _fresh_builder(settings: Training) -> Builder:
@@ -75,29 +152,29 @@ def _declare_accumulated_input(outer: Builder, scope: Builder, t: Tensor, steps:
         _declare_input(outer, t)
         scope.shared[t.name] = None
         return
-    stacked = replace(t, name=f"{t.name}.all", shape=(steps, *t.shape), dims=("micro", *t.dims))
+    stacked = replace(t, name=all_parts(t.name), shape=(steps, *t.shape), dims=("micro", *t.dims))
     _declare_input(outer, stacked)
     scope.declare(t)
     scope.reads.append(Stack(stacked.name, t.name))
 
 
 def _close_accumulation(
-    outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], steps: int,
-    keep: Collection[str], gradient_dtype: str,
+    outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], settings: Training,
+    keep: Collection[str], writes: Sequence[Stack],
 ) -> tuple[str, dict[str, str]]:  # fmt: skip
     """Gradients (and the loss) become carried sums over the microbatches, then means."""
     carries = []
-    for name in (loss, *gradients.values()):
-        tensor = scope.lookup(name)
-        dtype = "f32" if name == loss else gradient_dtype
+    steps = settings.parts
+    for name in (*([loss] if loss else ()), *gradients.values()):
+        # Partial sums may add up too: the reduction over devices comes after the last part.
+        dtype = "f32" if name == loss else settings.gradients
+        tensor = replace(scope.lookup(name), role="gradient", dtype=dtype)
         zero = outer.map(
             f"{name}.zero", [], tensor.dims, ex.c(0), dtype=dtype,
-            sizes=dict(zip(tensor.dims, tensor.shape, strict=True)),
+            sizes=dict(zip(tensor.dims, tensor.shape, strict=True)), attrs={"written": True},
+            roles=["gradient"],
         )  # fmt: skip
-        role = outer.lookup(zero).role if name == loss else "gradient"
-        entry = scope.declare(
-            replace(outer.lookup(zero), name=scope.unique(f"{name}.acc"), role=role)
-        )
+        entry = scope.declare(replace(tensor, name=scope.unique(f"{name}.acc")))
         value = ex.add(ex.x(0), ex.div(ex.x(1), ex.c(steps)))
         exit_ = scope.map(
             f"{name}.sum", [(entry, tensor.dims), (name, tensor.dims)], tensor.dims, value,
@@ -105,11 +182,18 @@ def _close_accumulation(
         )  # fmt: skip
         carries.append((zero, entry, exit_))
     carried = {n for _, entry, exit_ in carries for n in (entry, exit_)}
-    nodes = fuse_nodes(scope.nodes, scope.tensors, keep=carried | {*keep})
+    left = {w.inner for w in writes}
+    nodes = fuse_nodes(scope.nodes, scope.tensors, keep=carried | left | {*keep})
     scope.nodes = list(nodes)
-    scope.prefix = "accumulate."
-    results = scope.end_repeat(carries)
-    return results[0], dict(zip(gradients, results[1:], strict=True))
+    scope.prefix = f"{ACCUMULATE}."
+    results = list(scope.end_repeat(carries))
+    loop = outer.nodes[-1]
+    if isinstance(loop, Loop):
+        outer.nodes[-1] = replace(loop, writes=tuple(writes))
+    for name in results:
+        outer.declare(replace(outer.lookup(name), role="gradient"))
+    mean = results.pop(0) if loss else ""
+    return mean, dict(zip(gradients, results, strict=True))
 
 
 def _referenced(nodes: Iterable[Node]) -> set[str]:
@@ -122,9 +206,10 @@ def _referenced(nodes: Iterable[Node]) -> set[str]:
 
 def _differentiate(
     b: Builder, forward: Graph, settings: Training, keep: frozenset[str],
-    cotangents: dict[str, str],
-) -> tuple[str, dict[str, str]]:  # fmt: skip
-    """Emits forward and backward nodes into `b`; returns the loss and parameter gradients."""
+    cotangents: dict[str, str], edge: Boundary,
+) -> tuple[str, dict[str, str], list[str]]:  # fmt: skip
+    """Emits forward and backward nodes into `b`; returns the loss ("" if it is elsewhere),
+    parameter gradients, and what is sent to other pieces."""
     for name, tensor in forward.tensors.items():
         if name not in forward.inputs:
             b._names.add(name)
@@ -132,22 +217,36 @@ def _differentiate(
     for body in _bodies(forward.nodes):
         b_root = b if b.parent is None else b.parent
         b_root._names.update(body.tensors)
-    loss = forward.outputs[0]
-    targets = [n for n in forward.inputs if forward.tensors[n].role == "parameter"]
+    loss = forward.outputs[0] if edge.loss else ""
+    parameters = [n for n in forward.inputs if forward.tensors[n].role == "parameter"]
+    back = [n for n in edge.received if n in edge.differentiable]
+    targets = [*parameters, *back]
     backward = Backward(
         settings.remat, b, forward.nodes, dict.fromkeys(targets), keep, cotangents
     )
     b.phase = "backward"
     b.nodes = []
-    one = b.map("loss.one", [], (), ex.c(1), dtype="f32")
-    backward.add(loss, one)
+    if loss:
+        backward.add(loss, b.map("loss.one", [], (), ex.c(1), dtype="f32"))
+    for name in edge.sent:
+        if name in edge.differentiable:
+            backward.add(name, _receive_cotangent(b, name, settings.parts))
     backward.run()
     gradients = {n: backward.take(n) for n in targets}
     back_nodes = b.nodes
     b.nodes = [backward.augmented.get(node.name, node) for node in forward.nodes]
     whole = {loss, *(g for g in gradients.values() if g), *backward.kept()}
     b.nodes += fuse_nodes(back_nodes, b.tensors, keep=whole)
-    return loss, {n: g for n, g in gradients.items() if g is not None}
+    sent = [*edge.sent, *(_own(b, gradients[n] or _zeros(b, n), "") for n in back)]
+    return loss, {n: g for n in parameters if (g := gradients[n]) is not None}, sent
+
+
+def _receive_cotangent(b: Builder, tensor: str, steps: int) -> str:
+    """The cotangent of a tensor that was sent, as the loop over parts gets it."""
+    like = replace(b.lookup(tensor), name=received_cotangent(tensor), role="input")
+    outer = b if b.parent is None else b.parent
+    _declare_accumulated_input(outer, b, like, steps)
+    return like.name
 
 
 def _bodies(nodes: Iterable[Node]) -> Iterable[Graph]:
@@ -172,11 +271,7 @@ class Backward:
     differentiable: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.differentiable = set(self.roots)
-        for node in self.nodes:
-            if self.differentiable & set(node.ins) and not _stopped(node):
-                floats = [o for o in node.outs if self.b.lookup(o).dtype[0] in "bf"]
-                self.differentiable.update(floats)
+        self.differentiable = differentiable(self.nodes, self.roots, self.b.lookup)
 
     def add(self, tensor: str, cotangent: str) -> None:
         self.parts.setdefault(tensor, []).append(cotangent)
@@ -206,6 +301,17 @@ class Backward:
             for j, name in VJPS[node.kind](self.b, node, cotangents, wanted).items():
                 if j in wanted:
                     self.add(node.ins[j], name)
+
+
+def differentiable(
+    nodes: Sequence[Node], roots: Iterable[str], lookup: Callable[[str], Tensor]
+) -> set[str]:
+    """The tensors of one scope through which gradients of `roots` pass."""
+    found = set(roots)
+    for node in nodes:
+        if found & set(node.ins) and not _stopped(node):
+            found.update(o for o in node.outs if lookup(o).dtype[0] in "bf")
+    return found
 
 
 def _stopped(node: Node) -> bool:

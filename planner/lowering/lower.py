@@ -46,6 +46,7 @@ class _Lowering:
     values: dict[str, int] = field(default_factory=dict)  # raw op results
     # what the body of the innermost open loop hands on: (kind, tensor, home) → buffer
     leaving: dict[tuple[str, str, int], int] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)  # accumulated gradient → the carried one
 
     def __post_init__(self) -> None:
         self.sizes = self.plan.sizes
@@ -164,7 +165,14 @@ class _Lowering:
         home = self.flow.home_of.get(name)
         stays = home is None or self.plan.homes[home[0]] == spec
         alias = self.donated(name, spec) if stays else None
+        if alias is None and name in self.sums:
+            alias = self._sum_before(name, spec)
         return self.buffer(name, t.shape, t.dtype, spec, self.category(name), alias)
+
+    def _sum_before(self, name: str, spec: Spec) -> int | None:
+        """The carried gradient that the sum `name` is written over, if it lies like it."""
+        home = self.flow.home_of[self.sums[name]][0]
+        return self.at_home[home, 0] if self.plan.homes[home] == spec else None
 
     def donated(self, name: str, spec: Spec) -> int | None:
         """The input's buffer that the new value `name` takes over if it lies there as `spec`."""
@@ -175,10 +183,12 @@ class _Lowering:
 
     def category(self, name: str) -> str:
         role = self.tensors[name].role
+        if role == "gradient":
+            return "gradients"
         if role in ("parameter", "state"):
             return "temporaries"
         if name.endswith(".grad") or ".grad_" in name:
-            return "gradients" if role == "gradient" else "temporaries"
+            return "temporaries"
         return "activations" if name in self.flow.graph.tensors else "temporaries"
 
     def hand_on(self, c: Conversion, out: list[Instruction]) -> None:
@@ -206,6 +216,8 @@ class _Lowering:
         for i, move in enumerate(path):
             last = i == len(path) - 1 and c.kind in ("home", "alias")
             alias = self.donated(c.tensor, move.result) if last else None
+            if move.kind == "mask" and self._zero(c.source):
+                alias = source  # zeros without some of them are the same zeros
             category = "temporaries" if move.kind in FREE else "collective_buffers"
             result = self.buffer(c.tensor, c.shape, c.dtype, move.result, category, alias)
             payload = payload_elements(move, spec, c.shape, self.sizes) * ITEM_BYTES[c.dtype]
@@ -216,6 +228,10 @@ class _Lowering:
             out.append(moved)
             source, spec = result, move.result
         return source
+
+    def _zero(self, place: Place) -> bool:
+        """Whether a place holds what gradients start from."""
+        return place.kind == "result" and "written" in self.flow.sites[place.op].op.attrs
 
     # ---- loops ---------------------------------------------------------------------------
 
@@ -237,6 +253,8 @@ class _Lowering:
         for k in loop.carries:
             home = self.flow.home_of[k.entry][0]
             entries[home] = self.at_home[home, 0] = self.home_buffer(home)
+            if self.flow.homes[home].category == "gradients":
+                self.sums[k.exit] = k.entry
         outer_leaving, self.leaving = self.leaving, {}
         body = self.block(loop.body)
         carries = []

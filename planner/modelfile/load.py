@@ -268,7 +268,8 @@ class _Loader:
                 message = "pipeline_microbatches needs a pipeline"
                 self._add("missing-key", message, place, "pipeline: {axis: pipe}")
             return None
-        if self.shape is not None and given.axis not in self.shape:
+        overridden = any(key.startswith("pipeline.") for key in self.changed)  # as --shape may be
+        if self.shape is not None and given.axis not in self.shape and not overridden:
             message, hint = f"the mesh has no axis '{given.axis}'", nearest(given.axis, self.shape)
             self._add("unknown-axis", message, self._node("pipeline", "axis").place, hint)
         if training is not None and training.accumulation_steps > 1:

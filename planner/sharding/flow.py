@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from planner.graph.core import Graph, Loop, Node, Op, Tensor
+from planner.graph.core import Carry, Graph, Loop, Node, Op, Tensor
 from planner.sharding.spec import Spec
 
 Interval = tuple[int, int]  # half-open, in steps
@@ -33,7 +33,7 @@ class Place:
 @dataclass
 class Home:
     """A materialised tensor. `shape` is of the whole (outermost, stacked) tensor; its first
-    `lead` dimensions stay whole. `live`: where it occupies `1/slices` of its bytes."""
+    `lead` dimensions stay whole. `live`: where how many copies of it occupy memory."""
 
     id: int
     tensor: str
@@ -103,11 +103,17 @@ class Flow:
 
 
 
-def build_flow(graph: Graph, pins: Mapping[str, Spec]) -> Flow:
-    """The flow of a training-step graph; tensors in `pins` always get a home of that spec."""
+def build_flow(
+    graph: Graph, pins: Mapping[str, Spec], alike: Mapping[str, str] | None = None
+) -> Flow:
+    """The flow of a training-step graph; tensors in `pins` always get a home of that spec.
+
+    `alike`: tensors that share the home of an input, so that they lie like it. Such a flow is to
+    be solved, not lowered.
+    """
     flow = Flow(graph)
     flow.steps = _number(flow, graph.nodes, 0, 1)
-    builder = _FlowBuilder(flow, pins)
+    builder = _FlowBuilder(flow, pins, alike or {})
     builder.outermost()
     return flow
 
@@ -167,13 +173,14 @@ ROLE_CATEGORIES = {
 class _FlowBuilder:
     """Walks scopes outside in; see the module docstring for what it makes."""
 
-    def __init__(self, flow: Flow, pins: Mapping[str, Spec]) -> None:
+    def __init__(
+        self, flow: Flow, pins: Mapping[str, Spec], alike: Mapping[str, str]
+    ) -> None:
         self.flow = flow
         self.pins = pins
+        self.alike = alike
         self.tensors = flow.graph.all_tensors()
         self.held: set[int] = set()  # homes whose memory a conversion already accounts for
-        carried = (k.entry for site in flow.loops.values() for k in site.loop.carries)
-        self.accumulates = any(self.tensors[name].role == "gradient" for name in carried)
 
     # ---- scopes -------------------------------------------------------------------------
 
@@ -196,8 +203,9 @@ class _FlowBuilder:
             scope.use(out, _Use(self.place(alias), HANDED_ON, "alias", "", 0))
             return
         t = self.tensors[out]
-        home = self.new_home(f"{out}@output", t.shape, t.dtype, 0, False, "activations")
-        home.pin = Spec(((),) * len(t.shape))
+        home = self.new_home(f"{out}@output", t.shape, t.dtype, 0, False, ROLE_CATEGORIES[t.role])
+        if t.role != "gradient":  # those go on to other stages of a pipeline
+            home.pin = Spec(((),) * len(t.shape))
         scope.use(
             out, _Use(Place("home", home=home.id), HANDED_ON, "output", "", self.flow.steps)
         )
@@ -236,12 +244,14 @@ class _FlowBuilder:
     def _loop_uses(self, scope: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]
         for carry in loop.carries:
-            home = self.home(carry.entry, names=(carry.result,))
+            home = self._carry_home(carry)
             entry = Place("home", home=home.id)
             scope.use(carry.init, _Use(entry, site.enter, "carry", "", site.enter + 1))
             scope.sources[carry.result] = Place("home", home=home.id)
         for stack in loop.writes:
             home = self.home(stack.outer, stacked=self._stack_depth(stack.outer))
+            inside = scope.graph is not self.flow.graph
+            self._may_stay_partial(home, inside and self.tensors[stack.outer].role == "gradient")
             scope.sources[stack.outer] = self.place(stack.outer)
         for stack in loop.reads:
             use = _Use(self.place_or_new(stack.outer), site.enter, "read", "", site.stop)
@@ -256,6 +266,17 @@ class _FlowBuilder:
             scope.use(
                 name, _Use(Place("home", home=home.id), site.enter, "shared", "", site.stop)
             )
+
+    def _carry_home(self, carry: Carry) -> Home:
+        gradient = self.tensors[carry.entry].role == "gradient"
+        category = "gradients" if gradient else "activations"
+        home = self.home(carry.entry, names=(carry.result,), category=category)
+        self._may_stay_partial(home, gradient)
+        return home
+
+    def _may_stay_partial(self, home: Home, accumulated: bool) -> None:
+        """What is added up over parts of the batch needs to be reduced only once, at the end."""
+        home.partial = accumulated and home.pin is None
 
     def _body(self, outer: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]
@@ -283,17 +304,17 @@ class _FlowBuilder:
 
     # ---- homes ----------------------------------------------------------------------------
 
-    def home(self, name: str, *, names: Sequence[str] = (), stacked: int = 0) -> Home:
-        """The home of tensor `name` (made on first call), shared with `names`.
-
-        Gradients of an accumulated step may stay partial sums until all parts are added up.
-        """
+    def home(
+        self, name: str, *, names: Sequence[str] = (), stacked: int = 0, category: str = ""
+    ) -> Home:
+        """The home of tensor `name` (made on first call), shared with `names`."""
+        if name in self.alike:
+            self.flow.home_of[name] = self.flow.home_of[self.alike[name]]
         if name in self.flow.home_of:
             return self.flow.homes[self.flow.home_of[name][0]]
         t = self.tensors[name]
-        partial = self.accumulates and t.role == "gradient"
-        kind = ROLE_CATEGORIES[t.role]
-        home = self.new_home(name, t.shape, t.dtype, stacked, partial, kind)
+        kind = category or ROLE_CATEGORIES[t.role]
+        home = self.new_home(name, t.shape, t.dtype, stacked, False, kind)
         for n in (name, *names):
             self.flow.home_of[n] = (home.id, 0)
         return home
@@ -350,7 +371,9 @@ class _FlowBuilder:
         if len(uses) == 1 and not stack and name not in self.pins:
             use = uses[0]
             stop = max(use.at + 1, scope.ends.get(name, 0))
-            if use.kind != "alias":
+            if use.kind == "exit" and self.flow.homes[use.target.home].category == "gradients":
+                site.held[source.slot] = (start + 1, stop)  # it is written over the old sum
+            elif use.kind != "alias":
                 site.held[source.slot] = (start, stop)
             extra = "source" if use.kind == "alias" else "result"
             self._convert(scope, name, source, use, (start, stop), extra, producer=site)

@@ -17,7 +17,7 @@ is an optimum of the whole one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -40,6 +40,7 @@ from planner.sharding.spec import Spec, all_specs
 
 Array = NDArray[np.float64]
 Key = tuple[str, int | str]  # ("op", name) or ("home", id)
+HomeSeconds = Callable[[Home, Sequence[Spec]], Array]  # seconds a step of each spec
 
 
 class Unsatisfiable(ValueError):
@@ -53,6 +54,7 @@ class Space:
 
     flow: Flow
     mesh: LogicalMesh
+    home_seconds: HomeSeconds | None = None  # what a home costs by itself, if not nothing
     as_laid: Mapping[str, Spec] = field(default_factory=dict)
     resharder: Resharder = field(init=False)
     keys: list[Key] = field(init=False, default_factory=list)
@@ -100,7 +102,11 @@ class Space:
             key: Key = ("home", home.id)
             self.keys.append(key)
             self.specs[home.id] = home_specs(home, self.sizes)
-            self._costs[key] = np.zeros(len(self.specs[home.id]))
+            specs = self.specs[home.id]
+            self._costs[key] = (
+                np.zeros(len(specs)) if self.home_seconds is None
+                else self.home_seconds(home, specs)
+            )  # fmt: skip
 
     def key(self, place: Place) -> Key:
         """The node that decides the spec at `place`."""
@@ -225,9 +231,9 @@ class Space:
         found = []
         for home in self.flow.homes:
             amount = self._bytes(Place("home", home=home.id), home.shape, home.dtype)
-            for interval, slices in home.live:
+            for interval, copies in home.live:
                 found += [
-                    Usage(self.number["home", home.id], p, p + 1, amount / slices)
+                    Usage(self.number["home", home.id], p, p + 1, amount * copies)
                     for p in _points(interval, active)
                 ]
         return found

@@ -12,7 +12,6 @@ from typing import Any, Literal
 
 from planner.validation.layouts import Layout
 
-
 PUBLISHED: Literal["published"] = "published"
 PLANNED = "planned"  # how files call the layout that the planner chooses
 

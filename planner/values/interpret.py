@@ -84,10 +84,10 @@ class Interpreter:
     def run(self, inputs: Mapping[str, Shards]) -> dict[str, Shards]:
         for name, buffer in self.program.inputs.items():
             self.values[buffer] = inputs[name]
-        self._block(self.program.block)
+        self.execute(self.program.block)
         return {name: self.values[b] for name, b in self.program.outputs.items()}
 
-    def _block(self, block: Block) -> None:
+    def execute(self, block: Block) -> None:
         for step in block:
             if isinstance(step, Step):
                 self._step(step)
@@ -110,7 +110,7 @@ class Interpreter:
         for i in reversed(order) if loop.reverse else order:
             for s in loop.reads:
                 self.values[s.inner] = {d: a[i] for d, a in self.values[s.outer].items()}
-            self._block(loop.body)
+            self.execute(loop.body)
             for s in loop.writes:
                 slices[s.outer].append(self.values[s.inner])
             moved = {k.entry: self.values[k.exit] for k in loop.carries}

@@ -95,7 +95,7 @@ def compare(
     if reading is not None:
         rows += work_rows(result, compiled, reading, thresholds)
         sizes = dict(result.mesh.axes)
-        moves = list(predicted_moves(result.program)), list(compiled_moves(reading.collectives))
+        moves = list(predicted_moves(result.one_program)), list(compiled_moves(reading.collectives))
         # XLA's CPU backend widens bf16 to f32, and so what it moves: nothing to judge then.
         widened = compiled.backend == "cpu" and result.model.training.compute != "f32"
         collectives = collective_rows(
@@ -114,7 +114,7 @@ def compare(
 
 def memory_rows(result: Result, compiled: Compiled, t: Thresholds) -> tuple[Row, ...]:
     """Arguments, peak, temporaries. The CPU's memory is no one's: shown, not judged."""
-    arguments = argument_bytes(result.program)
+    arguments = argument_bytes(result.one_program)
     peak = result.memory.peak_bytes
     # Out of memory, the compiler only gives a lower bound: then the verdict is whether it fits.
     judged = compiled.backend != "cpu" and compiled.status == "compiled"

@@ -21,7 +21,7 @@ from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
-from planner.model import OPTIMIZERS, Model
+from planner.model import OPTIMIZERS, Model, Pipeline
 from planner.sharding.spec import Spec
 from planner.values import reference
 
@@ -194,8 +194,9 @@ def test_mesh_of_another_size_is_refused() -> None:
 
 
 def test_pipelined_programs_are_refused() -> None:
-    with pytest.raises(ExportError, match="pipelined"):
-        jax_program(support.transformer(pipeline_microbatches=4), MESH, Placement({}))
+    model = replace(support.transformer(pipeline_microbatches=4), pipeline=Pipeline("x"))
+    with pytest.raises(ExportError, match="schedule=gpipe"):
+        jax_program(model, MESH, Placement({}))
 
 
 def test_lines_are_short() -> None:

@@ -56,6 +56,28 @@ def decoder(
     return Model("decoder", b.graph([loss]), Training(batch, **training), batch * positions)
 
 
+def encoder_decoder(batch: int = 4, **training: Any) -> Model:
+    """Two stacks: every layer of the second also reads what the first has made."""
+    width, both = 8, ("B", "D")
+    b = Builder()
+    table = b.param("table", (8, width), ("V", "D"))
+    source, aim = (b.input(n, (batch,), ("B",), "i32") for n in ("source", "aim"))
+    value = ("tanh", ex.add(ex.x(0), ex.x(1)))
+    results = []
+    for name, ids in (("encoder", source), ("decoder", aim)):
+        x = layers.embedding(b, table, ids, both, name=f"{name}_x")
+        r = b.repeat(name, 2)
+        entry = r.enter(x)
+        w = r.param("w", (width, width), ("D", "E"))
+        h = r.einsum("B D, D E -> B E", entry, w, name="h")
+        h = r.map("out", [(h, both), (entry, both)], both, value)
+        for memory in results:
+            h = r.map("mixed", [(h, both), (memory, both)], both, value)
+        results += r.end_repeat([(x, entry, h)])
+    loss = weighted_sum(b, b.pointwise("both", ex.mul(ex.x(0), ex.x(1)), *results))
+    return Model("encoder-decoder", b.graph([loss]), Training(batch, **training), batch)
+
+
 def weighted_sum(b: Builder, x: str) -> str:
     """A scalar loss in which every entry of x counts differently."""
     dims = b.lookup(x).dims

@@ -1,0 +1,1 @@
+"""Pipelines: cutting a model into stages, planning every stage, connecting what was planned."""

@@ -1,0 +1,83 @@
+"""Pipelined models through the commands: planned, stored, priced again, traced, refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_support import plan
+
+MODEL = """
+mesh: {topology: "dgx-a100-80gb:1x4", shape: {pipe: 2, data: 2}}
+training: {batch: 64, pipeline_microbatches: 8, optimizer: adamw}
+pipeline: {axis: pipe, schedule: SCHEDULE}
+architecture: {kind: decoder, layers: 8, d_model: 512, heads: 8, vocab: 1024, sequence: 256}
+"""
+
+
+@pytest.fixture(params=["1f1b", "interleaved"])
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    path = tmp_path / "model.yaml"
+    path.write_text(MODEL.replace("SCHEDULE", request.param), encoding="utf-8")
+    return path
+
+
+def test_a_stored_plan_is_priced_the_same(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    planned = plan(capsys, model, "--format", "json", "-o", folder)
+    assert planned.code == 0, planned.err
+    found = json.loads(planned.out)
+    assert found["time"]["bubble_s"] > 0
+    assert sum(found["time"].values()) == pytest.approx(found["step_time_s"])
+    memory = found["memory"]
+    parts = ("parameters", "gradients", "optimizer", "activations", "temporaries",
+             "collective_buffers")  # fmt: skip
+    assert sum(memory[f"{p}_bytes"] for p in parts) == memory["peak_bytes"]
+    assert "collective-permute" in {c["kind"] for c in found["collectives"]}
+    again = plan(capsys, "simulate", model, "--plan", folder, "--format", "json")
+    assert again.code == 0, again.err
+    repriced = json.loads(again.out)
+    for key in ("step_time_s", "memory", "time", "collectives", "annotations"):
+        assert repriced[key] == found[key]
+
+
+def test_annotations_come_back(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The plan's own annotations are priced as given."""
+    folder, trace = tmp_path / "out", tmp_path / "trace.json"
+    planned = json.loads(plan(capsys, model, "--format", "json", "-o", folder).out)
+    annotations = folder / "annotations.json"
+    given = plan(
+        capsys, "simulate", model, "--annotations", annotations, "--trace", trace,
+        "--format", "json",
+    )  # fmt: skip
+    assert given.code == 0, given.err
+    assert json.loads(given.out)["annotations"] == planned["annotations"]
+    events = json.loads(trace.read_text())["traceEvents"]
+    assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"pipe 00", "pipe 01"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--shape", "data=4"], "no axis 'pipe'"),
+        (["--set", "pipeline.schedule=interleaved", "--set", "architecture.layers=1"],
+         "4 stages need at least as many layers"),
+        (["--set", "pipeline.schedule=interleaved", "--set", "training.pipeline_microbatches=1"],
+         "groups of 2 microbatches"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said(
+    options: list[str], words: str, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    path = tmp_path / "model.yaml"
+    path.write_text(MODEL.replace("SCHEDULE", "1f1b"), encoding="utf-8")
+    failed = plan(capsys, path, *options)
+    assert failed.code == 2
+    assert words in failed.err
+    assert "Traceback" not in failed.err
