@@ -391,6 +391,29 @@ def validate(
 
 
 @cli.command()
+@click.argument("measured", type=click.Path(path_type=Path), metavar="CSV")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="CHIP",
+              help="The machine file to write, for --mesh.")
+@click.option("--mesh", required=True, metavar="NAME", help="The machine that was measured.")
+@click.option("--force", is_flag=True, help="Replace a file of other origin too.")
+@common
+def calibrate(
+    measured: Path, output: Path, mesh: str, force: bool, quiet: bool, color: str
+) -> int:
+    """Fits efficiencies to CSV, measured kernels of one's own, and writes a machine file."""
+    from planner.calibration import fit_file
+    from planner.export import files
+    from planner.report.console import Screen
+
+    screen = Screen(quiet, color)
+    found = fit_file(measured, mesh)
+    files.write_file(output, found.machine(), force)
+    screen.data(found.report())
+    screen.remark(f"wrote {output}")
+    return OK
+
+
+@cli.command()
 @click.argument("kind", default="decoder")
 @common
 def init(kind: str, quiet: bool, color: str) -> int:

@@ -23,6 +23,8 @@ The parameters are in data/<chip.efficiency>.yaml, with what they were fitted to
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -119,10 +121,16 @@ def stream_seconds(
     `dtype` is that of the arrays: chips whose vector unit is 32 bits wide lose time on
     widening and narrowing. Zero if there is nothing to do. Raises ValueError for negatives.
     """
+    return stream_with(efficiency(chip.efficiency), chip, bytes, flops, dtype=dtype)
+
+
+def stream_with(
+    table: Efficiency, chip: Chip, bytes: ArrayLike, flops: ArrayLike = 0.0, *, dtype: str
+) -> float | np.ndarray:
+    """stream_seconds with another table than the chip's own: what a fit varies."""
     moved, work = np.broadcast_arrays(np.asarray(bytes, float), np.asarray(flops, float))
     if np.any(moved < 0) or np.any(work < 0):
         raise ValueError("bytes and flops must not be negative")
-    table = efficiency(chip.efficiency)
     rate = chip.hbm_bytes_per_s * _by_item(table.stream, _item_bytes(dtype))
     busy = np.maximum(moved / rate, work / chip.vector_flops)
     start = chip.launch_s + table.stream_overhead_s
@@ -194,11 +202,23 @@ def _by_item(rows: tuple[tuple[int, float], ...], item: int) -> float:
 
 @cache
 def efficiency(name: str) -> Efficiency:
-    """Fitted table `name` of costmodels/data; ValueError if there is none."""
+    """The table that a chip names: one of costmodels/data, or one written out as JSON.
+
+    ValueError if there is none of that name, or if the JSON is no table.
+    """
+    if name.startswith("{"):
+        try:
+            return from_data(json.loads(name))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"efficiency is no table of a chip: {error!r}") from None
     path = files("costmodels") / "data" / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"no fitted efficiency table {name!r} in costmodels/data")
-    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return from_data(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def from_data(data: Mapping[str, Any]) -> Efficiency:
+    """A table as YAML or JSON holds it; widths of types may be text, as JSON has them."""
     return Efficiency(
         compute=float(data["compute"]),
         memory=float(data["memory"]),
@@ -214,5 +234,17 @@ def efficiency(name: str) -> Efficiency:
     )
 
 
-def _table(rows: dict[int, Any]) -> tuple[tuple[int, float], ...]:
+def to_data(table: Efficiency) -> dict[str, Any]:
+    """What `from_data` reads."""
+    return {
+        "compute": table.compute, "memory": table.memory, "overhead_s": table.overhead_s,
+        "stream_overhead_s": table.stream_overhead_s, "drain_s": table.drain_s,
+        "result_s": {str(width): value for width, value in table.result_s},
+        "stream": {str(width): value for width, value in table.stream},
+        "tiles": [list(tile) for tile in table.tiles], "splits": list(table.splits),
+        "fill": table.fill, "eager_dispatch_s": table.eager_dispatch_s,
+    }  # fmt: skip
+
+
+def _table(rows: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(width), float(value)) for width, value in rows.items()))
