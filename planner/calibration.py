@@ -47,7 +47,7 @@ class Calibration:
     def report(self) -> str:
         lines = [
             f"{self.samples} kernels of {self.file}, chip of {self.mesh}",
-            f"mean error: {self.before:.1%} with the catalogue's table, {self.fit.error:.1%} fitted",
+            f"mean error: {self.before:.1%} as in the catalogue, {self.fit.error:.1%} fitted",
         ]
         if self.fit.cross_validated is None:
             return "\n".join([*lines, "too few kernels for cross-validation"])
