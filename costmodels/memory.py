@@ -3,7 +3,8 @@
 The rules, in steps of the schedule (every Step counts once, a loop's body stands for all its
 iterations):
 
-* all buffers of a step coexist: operands, results and what lies between them;
+* all buffers of a step coexist: operands, results and what lies between them, except that an
+  element-wise pass may write its result over an operand that nobody reads later;
 * a buffer lives from the step that makes it through the last that reads it; what a loop body
   reads from outside lives to the loop's end;
 * inputs live all the time, and so does what an output needs; an output that takes over an
@@ -13,12 +14,10 @@ iterations):
 * a carried value occupies one buffer from the start of an iteration (`entry`, to its last reader),
   a second from where the next value is made (`exit`), and one after the loop (`result`).
 
-Compilers differ from the first rule where an element-wise pass could write over its operand:
-the TPU compiler (libtpu 0.0.52, v5e) needs 128 MiB of temporaries for gelu(x w1) w2 whose middle
-takes 128 MiB, this reading counts operand and result, 256. A matmul cannot write over its
-operand: for ((x w1) c) w2 both count 256. So the reading errs on the safe side, by at most the
-results of one step. What it leaves out are a compiler's own copies, padding and fragmentation:
-the headroom is for them.
+A matmul cannot write over its operand. gelu(x w1) w2 whose middle takes 128 MiB needs as much of
+temporaries, ((x w1) c) w2 twice that: by this reading and by the TPU compiler (libtpu 0.0.52,
+v5e). What it leaves out are a compiler's own copies, padding and fragmentation: the headroom is
+for them.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from costmodels.program import CATEGORIES, Block, Buffer, LoopStep, Program, Step
+from costmodels.program import CATEGORIES, Block, Buffer, Compute, LoopStep, Program, Step
 
 Span = tuple[int, int, int]  # buffer, first step, stop
 
@@ -99,6 +98,7 @@ class _Liveness:
     names: list[str] = field(default_factory=list)
     first: dict[int, int] = field(default_factory=dict)
     stop: dict[int, int] = field(default_factory=dict)
+    passes: list[tuple[int, Compute]] = field(default_factory=list)  # that may write in place
 
     @property
     def now(self) -> int:
@@ -115,12 +115,29 @@ class _Liveness:
         for b, root in roots.items():
             if b in self.stop and root in self.first:
                 self.stop[root] = max(self.stop.get(root, 0), self.stop[b])
+        self.write_in_place(roots)
         spans = tuple(
             (b, start, min(self.stop[b], end))
             for b, start in self.first.items()
             if b not in roots and self.stop.get(b, start) > start
         )
         return Lifetimes(spans, tuple(self.names), roots)
+
+    def write_in_place(self, roots: Mapping[int, int]) -> None:
+        """Results that take over an operand's memory take none in the step that makes them."""
+        fixed = {*self.program.inputs.values(), *roots, *roots.values()}
+        for t, step in self.passes:
+            result = step.outs[0]
+            size = self.program.buffers[result].bytes
+            if self.first.get(result) != t or result in fixed:
+                continue
+            for i in step.kernel.overwrites:
+                operand = step.ins[i]
+                free = self.stop[operand] == t + 1 and self.first[operand] <= t
+                if free and operand not in fixed and self.program.buffers[operand].bytes == size:
+                    self.first[result] = t + 1
+                    fixed.add(operand)
+                    break
 
     def touch(self, buffers: Iterable[int], t: int) -> None:
         for b in buffers:
@@ -142,6 +159,8 @@ class _Liveness:
         for instruction in step.instructions:
             self.touch(instruction.ins, t)
             self.touch(instruction.outs, t)
+            if isinstance(instruction, Compute) and instruction.kernel.overwrites:
+                self.passes.append((t, instruction))
 
     def loop(self, loop: LoopStep) -> None:
         enter = self.now

@@ -57,6 +57,7 @@ class Kernel:
     matmul: tuple[int, int, int, int] | None = None
     payload: Any = None
     offsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    overwrites: tuple[int, ...] = ()
 
     @property
     def flops(self) -> float:

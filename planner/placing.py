@@ -18,22 +18,23 @@ from planner.model import Model
 Layout = Mapping[str, Mapping[str, int]]
 
 AUTO = "auto"
-MAX_AUTOMATIC = 5  # automatic shapes planned, the most natural first: each takes a whole planning
+MAX_AUTOMATIC = 5  # shapes considered where none is given, the most natural first
 SUGGESTIONS = ("tpu-v4:4x4x4", "tpu-v5e:16x16", "dgx-h100:16")
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A topology, the candidate shapes of its logical mesh, and how the user named it.
+    """A topology, the shape of its logical mesh, and how the user named it.
 
-    `text` is that of a mesh file, None for a catalogue name. `layout`: how the axes of a given
-    shape are to lie on the links, None for the best way.
+    `shape` is None where the best is looked for: among all if `auto` was asked for, else among
+    a few natural ones. `text` is that of a mesh file, None for a catalogue name. `layout`: how
+    the axes of a given shape are to lie on the links, None for the best way.
     """
 
     argument: str
     topology: Topology
-    shapes: tuple[Mapping[str, int], ...]
-    automatic: bool
+    shape: Mapping[str, int] | None
+    every: bool = False
     text: str | None = None
     layout: Layout | None = None
 
@@ -44,9 +45,12 @@ class Machine:
 
     def meshes(self) -> list[LogicalMesh]:
         """The candidates that can be laid on the links; MeshError if a wanted one cannot."""
-        if not self.automatic:
-            return [meshes.logical(self.topology, self.shapes[0], self.layout)]
-        return [meshes.logical(self.topology, shape) for shape in self.shapes]
+        if self.shape is not None:
+            return [meshes.logical(self.topology, self.shape, self.layout)]
+        if self.every:
+            return meshes.every_mesh(self.topology)
+        shapes = meshes.candidate_shapes(self.topology)[:MAX_AUTOMATIC]
+        return [meshes.logical(self.topology, shape) for shape in shapes]
 
 
 def place(model: Model, mesh: str | None, shape: str | None, folder: Path) -> Machine:
@@ -61,15 +65,14 @@ def place(model: Model, mesh: str | None, shape: str | None, folder: Path) -> Ma
     text = None if path is None else _read(path)
     topology = meshes.resolve(wanted if path is None else str(path))
     chosen = _shape(model, mesh, shape)
-    if chosen is None:
-        shapes = tuple(meshes.candidate_shapes(topology)[:MAX_AUTOMATIC])
-        return Machine(wanted, topology, shapes, True, text)
-    same = wanted == model.mesh and chosen == model.shape
-    return Machine(wanted, topology, (chosen,), False, text, model.layout if same else None)
+    if isinstance(chosen, str):
+        return Machine(wanted, topology, None, True, text)
+    layout = model.layout if wanted == model.mesh and chosen == model.shape else None
+    return Machine(wanted, topology, chosen, False, text, layout)
 
 
-def _shape(model: Model, mesh: str | None, shape: str | None) -> Mapping[str, int] | None:
-    """The wanted shape, None for an automatic one."""
+def _shape(model: Model, mesh: str | None, shape: str | None) -> Mapping[str, int] | str | None:
+    """The wanted shape, AUTO for the best of all, None if nothing is said."""
     if shape is not None:
         return parse_shape(shape)
     # The file's shape belongs to the file's mesh: with another mesh it means nothing.
@@ -78,10 +81,10 @@ def _shape(model: Model, mesh: str | None, shape: str | None) -> Mapping[str, in
     return parse_shape(model.shape) if isinstance(model.shape, str) else dict(model.shape)
 
 
-def parse_shape(text: str) -> dict[str, int] | None:
-    """`x=32,y=64` → sizes by axis, `auto` → None. InputError for anything else."""
+def parse_shape(text: str) -> dict[str, int] | str:
+    """`x=32,y=64` → sizes by axis, `auto` → AUTO. InputError for anything else."""
     if text.strip() == AUTO:
-        return None
+        return AUTO
     sizes: dict[str, int] = {}
     for item in text.split(","):
         name, _, size = (part.strip() for part in item.partition("="))

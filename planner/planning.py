@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import inf
+from math import inf, sqrt
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -20,11 +20,12 @@ from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.graph.flops import count_flops
-from planner.ilp import Outcome, solve
+from planner.ilp import Outcome, quick_bound, solve
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Model
 from planner.pins import Annotation, part_copies, pinned_specs
 from planner.plan import Plan, Proof
+from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
 from planner.sharding.flow import Flow, build_flow
@@ -45,11 +46,10 @@ MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
 # the simulator may hide it: weights are fetched ahead and gradients drain late, activations wait.
 OVERLAP_WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
-# Each round of the search for least memory is a whole solve, slower than one for least time.
-LEAST_MEMORY_ROUNDS = 3
-LEAST_MEMORY_GAP = 0.05  # how far above the least possible peak is near enough
+LEAST_MEMORY_ROUNDS = 6  # limits tried between what is proven too little and what is enough
+LEAST_MEMORY_GAP = 0.1  # how far above the least possible peak is near enough
+LEAST_MEMORY_COST_GAP = 0.1  # any plan within such a limit will do, but not one absurdly slow
 
-Progress = Callable[[str], None]
 Weights = tuple[float, float]
 
 
@@ -79,6 +79,10 @@ class Unsolved(Exception):
     """The limits on time or work ended the search before any plan was found."""
 
 
+class NothingFits(Unsolved):
+    """Proven, and the plan of least memory was not asked for."""
+
+
 def plan_model(
     model: Model, mesh: LogicalMesh, options: Options | None = None,
     progress: Progress | None = None,
@@ -88,6 +92,13 @@ def plan_model(
     Raises Infeasible (with the least-memory plan), Unsolved, or PinError.
     """
     return _planning(model, mesh, options, model.constraints, progress).best()
+
+
+def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
+    """Seconds that no plan's serial time falls below, memory left aside: where the chip does
+    not overlap communication, a bound of the step time. Quick: nothing is solved to the end."""
+    planning = Planning(model, mesh, Options(), model.constraints, None)
+    return quick_bound(planning.space.problem(None, []))
 
 
 def price_annotations(
@@ -157,6 +168,8 @@ class Planning:
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
+    leanest: Candidate | None = None  # of the plans seen the one of least peak
+    solving_s: float = 0.0
     began: float = field(default_factory=monotonic)
 
     def __post_init__(self) -> None:
@@ -209,23 +222,23 @@ class Planning:
     def best(self) -> Result:
         if sum(size > 1 for _, size in self.mesh.axes) > EXACT_AXES:
             return self.tied()
+        return self.result(self.fastest(self.fitting))
+
+    def fastest(self, find: Callable[[Weights], Candidate]) -> Candidate:
+        """Of what `find` finds under several weights, what the simulator says is fastest."""
         overlapping = bool(self.mesh.chip.overlap)
         found: list[Candidate] = []
-        proofs: list[Proof] = []
         for weights in OVERLAP_WEIGHTS if overlapping else OVERLAP_WEIGHTS[:1]:
             try:
-                candidate = self.fitting(weights)
+                found.append(find(weights))
             except Unsolved:
                 if not found:
                     raise
                 break  # out of time: the best so far is the answer
-            found.append(candidate)
-            proofs.append(candidate.plan.proof)
         fastest = min(found, key=lambda c: c.timing.step_time_s)
         # The proof concerns the unweighted surrogate.
-        proof = replace(proofs[0], seconds=sum(p.seconds for p in proofs))
-        plan = replace(fastest.plan, proof=proof)
-        return self.result(replace(fastest, plan=plan))
+        proof = replace(found[0].plan.proof, seconds=self.solving_s)
+        return replace(fastest, plan=replace(fastest.plan, proof=proof))
 
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
@@ -254,9 +267,9 @@ class Planning:
     def completed(self) -> Result:
         """What is left open fits if it can: least cost alone would replicate what costs nothing."""
         try:
-            found = self.fitting(OVERLAP_WEIGHTS[0])
+            found = self.fastest(self.fitting)
         except Unsolved:
-            found = self.candidate(self.solved(None, OVERLAP_WEIGHTS[0]))
+            found = self.fastest(self.unlimited)
         proof = replace(found.plan.proof, status="given")
         return self.result(replace(found, plan=replace(found.plan, proof=proof)))
 
@@ -275,20 +288,30 @@ class Planning:
     # ---- the ILP with memory ---------------------------------------------------------------
 
     def fitting(self, weights: Weights) -> Candidate:
-        """Least surrogate cost among the plans that fit; constraints are added as needed."""
+        """Least surrogate cost among the plans that fit."""
+        found = self.within(self.target, weights, ENOUGH_GAP)
+        if found is not None:
+            return found
+        if not self.options.least_memory:
+            raise NothingFits("nothing fits")
+        raise self.infeasible()
+
+    def unlimited(self, weights: Weights) -> Candidate:
+        """Least surrogate cost, whatever memory it takes."""
+        return self.candidate(self.solved(None, weights, ENOUGH_GAP))
+
+    def within(self, target: float, weights: Weights, gap: float) -> Candidate | None:
+        """Least surrogate cost among the plans whose peak is at most `target`; constraints are
+        added as needed. None if there is none."""
         for _ in range(MEMORY_ROUNDS):
-            limited = self.target - self.slack if self.active else None
-            outcome = self.solved(limited, weights)
-            if outcome.choice is None:
-                if outcome.status != "infeasible":
-                    raise Unsolved(f"no plan found within the limits ({outcome.status})")
-                if not self.options.least_memory:
-                    raise Unsolved("nothing fits")
-                raise self.infeasible()
+            limited = target - self.slack if self.active else None
+            outcome = self.solved(limited, weights, gap)
+            if outcome.status == "infeasible":
+                return None
             candidate = self.candidate(outcome)
-            if candidate.memory.peak_bytes <= self.target:
+            if candidate.memory.peak_bytes <= target:
                 return candidate
-            self.constrain(candidate.memory)
+            self.constrain(candidate.memory, target)
         raise Unsolved(f"memory constraints did not settle in {MEMORY_ROUNDS} rounds")
 
     @property
@@ -296,26 +319,26 @@ class Planning:
         """Predicted peak that still fits, headroom included."""
         return self.limit / (1 + self.options.headroom)
 
-    def constrain(self, memory: Memory) -> None:
+    def constrain(self, memory: Memory, target: float) -> None:
         """Constraints at the steps that exceed the limit most, one for each hump of the profile."""
-        new = [t for t in humps(memory.profile, self.target) if t not in self.active]
+        new = [t for t in humps(memory.profile, target) if t not in self.active]
         if new:
             self.active = sorted({*self.active, *new})
             self.say(f"{len(self.active)} memory constraints")
             return
-        self.slack += memory.peak_bytes - self.target + 1
+        self.slack += memory.peak_bytes - target + 1
 
-    def solved(self, limit: float | None, weights: Weights) -> Outcome:
+    def solved(self, limit: float | None, weights: Weights, gap: float) -> Outcome:
         ahead, waiting = weights
-        counts = [
-            ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions
-        ]
+        counts = [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
         problem = self.space.problem(limit, self.active, counts)
         self.say(f"solving for {problem.size} decisions")
-        return solve(
+        outcome = solve(
             problem, backend=self.options.backend, time_limit=self.time_left(),
-            work_limit=WORK_LIMIT, seed=self.options.seed, gap=ENOUGH_GAP,
+            work_limit=WORK_LIMIT, seed=self.options.seed, gap=gap,
         )  # fmt: skip
+        self.solving_s += outcome.seconds
+        return outcome
 
     def time_left(self) -> float | None:
         """What is left of the time limit, which is for the whole of planning."""
@@ -324,33 +347,35 @@ class Planning:
         return max(LEAST_TIME_S, self.options.time_limit_s - (monotonic() - self.began))
 
     def infeasible(self) -> Infeasible:
-        """The plan of least memory (multiplicative weights over the constrained steps)."""
+        """The plan of least memory, between what is proven too little and the least peak seen."""
+        if self.leanest is None:
+            raise Unsolved("no plan found (infeasible)")
         self.say("nothing fits: looking for the plan of least memory")
-        weights = dict.fromkeys(self.active, 1.0)
-        found: list[Candidate] = []
+        too_little = self.target
         for _ in range(LEAST_MEMORY_ROUNDS):
-            outcome = solve(
-                self.space.memory_problem(weights), time_limit=self.time_left(),
-                work_limit=WORK_LIMIT, seed=self.options.seed,
-            )  # fmt: skip
-            if outcome.choice is None and found:  # out of time: the best so far is the answer
+            enough = self.leanest.memory.peak_bytes
+            if too_little >= enough * (1 - LEAST_MEMORY_GAP):
                 break
-            found.append(self.candidate(outcome, "infeasible"))
-            least = min(c.memory.peak_bytes for c in found)
-            # A peak is never below a weighted mean, whose least value this was.
-            if least * (1 - LEAST_MEMORY_GAP) <= outcome.bound / sum(weights.values()):
+            middle = sqrt(too_little * enough)
+            try:
+                found = self.within(middle, OVERLAP_WEIGHTS[0], LEAST_MEMORY_COST_GAP)
+            except Unsolved:  # the least so far is the answer
                 break
-            weights = heavier(weights, found[-1].memory.profile)
-        best = min(found, key=lambda c: c.memory.peak_bytes)
-        # What was minimised are bytes: nothing is known of the objective in seconds.
-        unknown = Proof("infeasible", inf, inf, inf, sum(c.plan.proof.seconds for c in found))
+            if found is None:
+                too_little = middle
+        best = self.leanest
+        # Nothing is known of the least time at this limit.
+        unknown = Proof("infeasible", inf, inf, inf, self.solving_s)
         result = self.result(replace(best, plan=replace(best.plan, proof=unknown)))
         return Infeasible(result, explain(result))
 
     # ---- readings -------------------------------------------------------------------------
 
     def candidate(self, outcome: Outcome, status: str = "") -> Candidate:
-        return self.lowered(self.candidate_plan(outcome, status))
+        found = self.lowered(self.candidate_plan(outcome, status))
+        if self.leanest is None or found.memory.peak_bytes < self.leanest.memory.peak_bytes:
+            self.leanest = found
+        return found
 
     def candidate_plan(self, outcome: Outcome, status: str = "") -> Plan:
         if outcome.choice is None:
@@ -383,15 +408,6 @@ def humps(profile: Sequence[int], limit: float) -> list[int]:
             found[-1:] = [t] if inside else [*found[-1:], t]
             inside = True
     return found
-
-
-def heavier(weights: dict[int, float], profile: Sequence[int]) -> dict[int, float]:
-    """Weights of schedule steps after a plan with this profile: more where it needs more."""
-    peak = max(profile)
-    steps = {*weights, profile.index(peak)}
-    start = max(weights.values())
-    grown = {t: weights.get(t, start) * 2 ** (4 * (profile[t] / peak - 1)) for t in sorted(steps)}
-    return {t: w / max(grown.values()) for t, w in grown.items()}
 
 
 def explain(result: Result) -> tuple[str, ...]:

@@ -25,13 +25,15 @@ from planner.placing import Machine, place
 from planner.planning import (
     Infeasible,
     Options,
-    Progress,
     Unsolved,
     plan_model,
     price_annotations,
     reprice,
 )
+from planner.progress import Progress
 from planner.result import Result
+from planner.search import shapes
+from planner.search.shapes import IMPOSSIBLE, Trial
 from planner.source import Source
 
 
@@ -50,7 +52,8 @@ class Planned:
     """A result and where its model and mesh came from.
 
     `annotation` is what the plan was made under: the model's constraints, or given pins.
-    `explanation` says why nothing fits; empty if something does or nothing had to.
+    `explanation` says why nothing fits; empty if something does or nothing had to. `trials` are
+    the mesh shapes that were considered, where more than one was, the best first.
     """
 
     source: Source
@@ -59,7 +62,7 @@ class Planned:
     options: Options
     annotation: Annotation
     explanation: tuple[str, ...] = ()
-    shapes_tried: int = 1
+    trials: tuple[Trial, ...] = ()
 
     @property
     def stamp(self) -> Stamp:
@@ -81,17 +84,22 @@ def plan(request: Request, progress: Progress | None = None) -> Planned:
     model = request.source.load()
     machine = place(model, request.mesh, request.shape, request.source.folder)
     candidates = machine.meshes()
-    several = len(candidates) > 1
-    found = [
-        _plan_one(request, model, machine, mesh, _prefixed(progress, mesh) if several else progress)
-        for mesh in candidates
-    ]
-    fitting = [p for p in found if not p.explanation]
-    if fitting:
-        best = min(fitting, key=lambda p: p.result.timing.step_time_s)
-    else:
-        best = min(found, key=lambda p: p.result.memory.peak_bytes)
-    return replace(best, shapes_tried=len(candidates))
+    try:
+        if len(candidates) == 1:
+            return _plan_one(request, model, machine, candidates[0], progress)
+        trials = shapes.search(model, candidates, request.options, progress)
+        best = trials[0]
+        if best.outcome == IMPOSSIBLE:
+            raise InputError(f"{request.source.file}: constraint {best.explanation[0]}")
+        if best.plan is None:
+            raise Unsolved(f"no plan on any of {len(trials)} mesh shapes")
+        result = reprice(model, best.mesh, best.plan, model.constraints, request.options)
+    except PinError as error:
+        raise InputError(f"{request.source.file}: constraint {error}") from None
+    return Planned(
+        request.source, machine, result, request.options, model.constraints, best.explanation,
+        tuple(trials),
+    )  # fmt: skip
 
 
 def _plan_one(
@@ -103,8 +111,6 @@ def _plan_one(
         result = plan_model(model, mesh, options, say)
     except Infeasible as error:
         result, explanation = error.result, error.explanation
-    except PinError as error:
-        raise InputError(f"{request.source.file}: constraint {error}") from None
     return Planned(request.source, machine, result, options, model.constraints, explanation)
 
 
@@ -136,13 +142,6 @@ def _hfu_with(request: Request, override: str) -> float | None:
     return planned.result.hfu
 
 
-def _prefixed(progress: Progress | None, mesh: LogicalMesh) -> Progress | None:
-    if progress is None:
-        return None
-    shape = ",".join(f"{name}={size}" for name, size in mesh.axes)
-    return lambda text: progress(f"{shape}: {text}")
-
-
 def price_plan(request: Request, stored: PlanFile) -> Planned:
     """A stored plan, lowered and priced for the request's model and mesh; nothing is solved.
 
@@ -165,9 +164,7 @@ def read_plan(stored: PlanFile) -> Planned:
         else from_text(stored.mesh_text, stored.mesh_argument)
     )
     shape = stored.stamp.shape
-    machine = Machine(
-        stored.mesh_argument, topology, (shape,), False, stored.mesh_text, stored.layout
-    )
+    machine = Machine(stored.mesh_argument, topology, shape, False, stored.mesh_text, stored.layout)
     mesh = machine.meshes()[0]
     _check_fresh(stored.file, stored.stamp, model, mesh, Request(stored.source))
     result = _reprice(model, mesh, stored, options)
@@ -189,7 +186,7 @@ def price_annotated(request: Request, given: AnnotationFile) -> Planned:
     model = request.source.load()
     shape = request.shape or (given.stamp.shape_text if given.stamp else None)
     machine = place(model, request.mesh, shape, request.source.folder)
-    if machine.automatic:
+    if machine.shape is None:
         raise InputError(f"{given.file} says nothing of the mesh", "give its --shape")
     mesh = machine.meshes()[0]
     if given.stamp is not None:
@@ -208,9 +205,7 @@ def _reprice(model: Model, mesh: LogicalMesh, stored: PlanFile, options: Options
         raise InputError(f"{stored.file}: {error}", "plan the model again") from None
 
 
-def _stored_mesh(
-    request: Request, model: Model, stored: PlanFile
-) -> tuple[Machine, LogicalMesh]:
+def _stored_mesh(request: Request, model: Model, stored: PlanFile) -> tuple[Machine, LogicalMesh]:
     """The request's or the model's mesh; without any, the one that the plan holds."""
     shape = request.shape or stored.stamp.shape_text
     if request.mesh is None and model.mesh is None and stored.mesh_text is None:

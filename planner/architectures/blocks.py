@@ -4,7 +4,8 @@ Every function declares parameters under short standard names (wq, w_in, ln1 …
 and returns the name of its result. Whole models belong to the other modules.
 
 Dimensions: B batch, S positions, T positions of keys, D model, N heads, H head size, K heads
-of keys and values, G query heads per key head, F feed-forward, V vocabulary.
+of keys and values, G query heads per key head, F feed-forward, V vocabulary; of latent attention
+L latent vector of keys and values, Q of queries, R part of a head that carries positions.
 """
 
 from __future__ import annotations
@@ -57,6 +58,7 @@ def declared(b: Builder, name: str, dims: str, s: TransformerBlock) -> str:
     sizes = {
         "D": s.d_model, "C": s.d_model, "F": s.ff_size, "H": s.head_size,
         "N": s.n_heads, "K": s.n_kv_heads, "G": s.n_heads // s.n_kv_heads,
+        "L": s.kv_rank or 0, "Q": s.q_rank or s.d_model, "R": s.rope_dim or 0,
     }  # fmt: skip
     own = dims.split()
     param = b.param(name, [sizes[d] for d in own], own)
@@ -76,6 +78,8 @@ def attended(
     b: Builder, x: str, memory: str, s: TransformerBlock, causal: bool, prefix: str = ""
 ) -> str:
     """Multi-head attention of x [B, S, D] to memory [B, T, D]: itself, or an encoder's result."""
+    if s.kv_rank is not None:
+        return _latently_attended(b, x, memory, s, causal, prefix)
     queries = "K G" if s.grouped else "N"
     keys = "" if s.n_kv_heads == 1 else "K" if s.grouped else "N"
 
@@ -98,6 +102,36 @@ def attended(
     wo = declared(b, f"{prefix}wo", "N H D", s)
     spec = f"B S {queries} H, {queries} H D -> B S D"
     return projected(b, spec, mixed, wo, f"{prefix}o", biased("bo", "D"))
+
+
+def _latently_attended(
+    b: Builder, x: str, memory: str, s: TransformerBlock, causal: bool, prefix: str
+) -> str:
+    """Attention whose keys and values are made from one narrow vector per position."""
+
+    def product(name: str, source: str, at: str, dims: str) -> str:
+        """`source` [B, `at`, …] times a parameter w`name` of these dimensions."""
+        come, *go = dims.split()
+        w = declared(b, f"{prefix}w{name}", dims, s)
+        spec = f"B {at} {come}, {dims} -> B {at} {' '.join(go)}"
+        return b.einsum(spec, source, w, name=f"{prefix}{name}")
+
+    def narrowed(name: str, source: str, at: str, dims: str) -> str:
+        return normed(b, product(name, source, at, dims), s.norm, False, f"{prefix}{name}_ln")
+
+    queries = x if s.q_rank is None else narrowed("q_latent", x, "S", "D Q")
+    wide = "D" if s.q_rank is None else "Q"
+    latent = narrowed("kv_latent", memory, "T", "D L")
+    q = product("q", queries, "S", f"{wide} N H")
+    k, v = (product(name, latent, "T", "L N H") for name in "kv")
+    placed = None
+    if s.rope_dim is not None:
+        placed = (
+            product("q_rope", queries, "S", f"{wide} N R"), product("k_rope", memory, "T", "D R"),
+        )  # fmt: skip
+    mixed = layers.attention(b, q, k, v, causal=causal, name=f"{prefix}attn", placed=placed)
+    wo = declared(b, f"{prefix}wo", "N H D", s)
+    return b.einsum("B S N H, N H D -> B S D", mixed, wo, name=f"{prefix}o")
 
 
 def fed_forward(b: Builder, x: str, s: TransformerBlock, prefix: str = "") -> str:

@@ -5,6 +5,8 @@ Every stack of layers is one `repeat` between embedding and loss.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from planner.architectures.blocks import (
     TOKENS,
     Feed,
@@ -76,8 +78,20 @@ def stacked(
     b: Builder, name: str, count: int, x: str, s: LanguageModel, causal: bool,
     memory: str | None = None,
 ) -> str:  # fmt: skip
-    """`count` layers as a repeat called `name`; with `memory` they attend to it, too."""
-    parts = sublayers(s)
+    """`count` layers as a repeat called `name`; with `memory` they attend to it, too.
+
+    Ordinary layers that come before those with experts are a repeat of their own.
+    """
+    first = s.dense_first if isinstance(s, MoEDecoder) else 0
+    if first:
+        x = _repeated(b, f"first_{name}", first, x, s, causal, (("", fed_forward),), memory)
+    return _repeated(b, name, count - first, x, s, causal, sublayers(s), memory)
+
+
+def _repeated(
+    b: Builder, name: str, count: int, x: str, s: LanguageModel, causal: bool,
+    parts: Sequence[tuple[str, Feed]], memory: str | None,
+) -> str:  # fmt: skip
     body = b.repeat(name, count // len(parts))
     entry = y = body.enter(x)
     for prefix, feed in parts:

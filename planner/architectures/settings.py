@@ -59,6 +59,18 @@ class TransformerBlock(Architecture):
         False, description="attention and feed-forward layer read the same norm, side by side"
     )
     qk_norm: bool = Field(False, description="norms of queries and keys over the head dimension")
+    kv_rank: Size | None = Field(
+        None, description="latent attention: keys and values of all heads are made from a vector "
+        "of this width (DeepSeek-AI 2024, DeepSeek-V2)",
+    )  # fmt: skip
+    q_rank: Size | None = Field(
+        None, description="latent attention: width of the vector that queries are made from; "
+        "d_model if left out",
+    )  # fmt: skip
+    rope_dim: Size | None = Field(
+        None, description="latent attention: part of a head, beside head_dim, that carries "
+        "positions and whose keys all heads share; none if left out",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _heads_fit(self) -> TransformerBlock:
@@ -75,6 +87,15 @@ class TransformerBlock(Architecture):
             raise ValueError(
                 f"kv_heads {self.n_kv_heads} does not divide heads {self.n_heads}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _latent_attention_is_whole(self) -> TransformerBlock:
+        given = [n for n in ("q_rank", "rope_dim") if getattr(self, n) is not None]
+        if self.kv_rank is None and given:
+            raise ValueError(f"{given[0]} belongs to latent attention: give kv_rank too")
+        if self.kv_rank is not None and (self.kv_heads or self.qk_norm or self.biases):
+            raise ValueError("kv_rank: latent attention has no kv_heads, qk_norm or biases")
         return self
 
     @property
@@ -134,8 +155,7 @@ class Encoder(LanguageModel):
 class Experts(LanguageModel):
     """Mixture of experts in every n-th layer: tokens go to the k experts a router prefers.
 
-    Tokens are routed in groups; every expert takes `capacity` tokens of a group, and drops the
-    rest (Lepikhin et al. 2021, GShard).
+    Tokens are routed in groups; every expert has `capacity` slots for those of a group.
     """
 
     experts: Annotated[int, Field(gt=1)] = Field(description="experts of a layer")
@@ -147,10 +167,21 @@ class Experts(LanguageModel):
     expert_gated: bool | None = Field(
         None, description="whether experts have a gate; as `gated` if left out"
     )
+    routing: Literal["top_k", "expert_choice", "dropless"] = Field(
+        "top_k", description="top_k: tokens choose experts, which drop what finds no slot; "
+        "expert_choice: experts choose tokens; dropless: tokens choose, and all are served",
+    )  # fmt: skip
     capacity_factor: float = Field(
         1.25, gt=0, description="slots of an expert, relative to what it gets if all experts "
-        "get equally many tokens",
+        "get equally many tokens; dropless routing does not need it",
     )  # fmt: skip
+    load_imbalance: float = Field(
+        1.0, ge=1, description="dropless routing: tokens of the busiest expert, relative to "
+        "the mean; the others wait for it",
+    )  # fmt: skip
+    shared_experts: int = Field(
+        0, ge=0, description="experts that every token goes to, besides the ones chosen for it"
+    )
     group_size: Size | None = Field(
         None, description="tokens that are routed together; one sequence if left out"
     )
@@ -169,9 +200,14 @@ class Experts(LanguageModel):
     def experts_are_gated(self) -> bool:
         return self.gated if self.expert_gated is None else self.expert_gated
 
+    @property
+    def drops(self) -> bool:
+        return self.routing != "dropless"
+
     def capacity(self, group: int) -> int:
         """Slots of an expert for a group of that many tokens: at least one."""
-        return max(1, ceil(self.capacity_factor * self.top_k * group / self.experts))
+        factor = self.capacity_factor if self.drops else self.load_imbalance
+        return min(group, max(1, ceil(factor * self.top_k * group / self.experts)))
 
 
 def _whole_periods(layers: int, every: int, what: str) -> None:
@@ -184,10 +220,17 @@ class MoEDecoder(Experts):
 
     kind: Literal["moe-decoder"] = "moe-decoder"
     layers: Size = Field(description="number of layers, those with experts included")
+    dense_first: int = Field(
+        0, ge=0, description="ordinary layers before the first of those that layers with experts "
+        "alternate with",
+    )  # fmt: skip
 
     @model_validator(mode="after")
     def _periods_fit(self) -> MoEDecoder:
-        _whole_periods(self.layers, self.moe_every, "layers")
+        if self.dense_first >= self.layers:
+            raise ValueError(f"dense_first {self.dense_first} leaves none of {self.layers} layers")
+        what = "layers - dense_first" if self.dense_first else "layers"
+        _whole_periods(self.layers - self.dense_first, self.moe_every, what)
         return self
 
 

@@ -19,19 +19,23 @@ from planner.model import RECOMPUTES_ALL
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
-    "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "w", "saved",
+    "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
+    "saved",
     *keyword.kwlist, *dir(builtins),
 }  # fmt: skip
 
 
 @dataclass
 class LossWriter:
-    """Writes one function. `annotated` names the tensors that get a sharding constraint."""
+    """Writes one function. `annotated` names the tensors that get a sharding constraint; those
+    in `free` without their gradients. Shardings come as source text."""
 
     graph: Graph
     remat: str
     annotated: Collection[str]
-    uses: Mapping[tuple[str, int], str]  # (op, operand) → the sharding in which it is read
+    uses: Mapping[tuple[str, str], str]  # (op, tensor it reads) → call that makes the copy it reads
+    sums: Mapping[str, str]  # product → its sharding where it is made
+    free: Collection[str]
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -68,17 +72,25 @@ class LossWriter:
         for a in statements(OpText(op, names, targets, ins, outs)):
             code = a.code
             named = [op.outs[i] for i in a.outs]
-            if len(named) == 1 and named[0] in self.annotated:
-                code = f'shard({code}, "{named[0]}")'
+            if len(named) == 1:
+                code = self._placed(named[0], code)
             if self.remat in ("dots", "attention") and prefix and _saved(op, self.remat, self):
                 code = f'saved({code}, "{self.variables[named[0]]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
         return lines
 
+    def _placed(self, name: str, code: str) -> str:
+        """A result where it is made, then where it lies."""
+        if name in self.sums:
+            code = f"shard({code}, {self.sums[name]})"
+        if name not in self.annotated:
+            return code
+        return f'{"copy" if name in self.free else "shard"}({code}, "{name}")'
+
     def _read(self, op: Op, j: int) -> str:
         code = self._operand(op.ins[j])
-        use = self.uses.get((op.name, j))
-        return code if use is None else f"shard({code}, {use})"
+        use = self.uses.get((op.name, op.ins[j]))
+        return code if use is None else use.format(code)
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""
@@ -117,7 +129,7 @@ class LossWriter:
                 self.parameter_of[s.inner] = self.parameter_of.get(s.outer, s.outer)
         entries = [self._variable(k.entry, own) for k in loop.carries]
         head = [
-            f'{v} = shard({v}, "{k.entry}")'
+            f"{v} = {self._placed(k.entry, v)}"
             for v, k in zip(entries, loop.carries, strict=True)
             if k.entry in self.annotated
         ]

@@ -38,9 +38,14 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         )
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place)
-    uses = {use: partition(spec) for use, spec in place.uses.items()}
+    uses = {
+        use: f"{'shard' if copy.bound else 'copy'}({{}}, {partition(copy.spec)})"
+        for use, copy in place.uses.items()
+    }
+    sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
-    writer = LossWriter(graph, training.remat, annotated, uses)
+    free = place.free - tables.weights
+    writer = LossWriter(graph, training.remat, annotated, uses, sums, free)
     body = writer.lines()
     parts = [
         _header(model, mesh),
@@ -50,7 +55,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _HELPERS.strip("\n").split("\n"),
         ["def loss_fn(params, batch, mesh=None):",
          f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
-         "    shard = partial(annotate, mesh=mesh)",
+         "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
         _step_source(training),
@@ -102,6 +107,7 @@ class _Tables:
         self.graph, self.training, self.specs = graph, training, place.tensors
         self.parameters = {p.name: p for p in graph.parameters()}
         self.states = states_of(graph, training)
+        self.weights = _weights(graph)
         self.activations = self._annotated()
 
     def _annotated(self) -> dict[str, Spec]:
@@ -162,6 +168,15 @@ class _Tables:
         return _row(t, spec)
 
 
+def _weights(graph: Graph) -> frozenset[str]:
+    """Parameters, their slices, and what is made of them alone: gradients lie like these."""
+    found = {name for name, t in graph.all_tensors().items() if t.role == "parameter"}
+    for op, _ in graph.walk():
+        if op.ins and found.issuperset(op.ins):
+            found.update(op.outs)
+    return frozenset(found)
+
+
 def _row(t: Tensor, spec: Spec) -> str:
     return f"({t.shape}, {JNP_DTYPES[t.dtype]}, {partition(spec)})"
 
@@ -220,16 +235,21 @@ def _position(device):
 
 
 def annotate(x, where, mesh=None):
-    """x sharded like tensor `where` (a name), or a copy of it sharded as `where` says (a P).
+    """x, and its gradient, sharded like tensor `where` (a name) or as `where` says (a P)."""
+    return x if mesh is None else lax.with_sharding_constraint(x, _sharding(x, where, mesh))
 
-    One layer's slice lies like the whole stack. Gradients of copies are left to the compiler.
-    """
-    if mesh is None:
-        return x
+
+def annotate_value(x, where, mesh=None):
+    """x sharded as in `annotate`; where its gradient lies is left to the compiler."""
+    return x if mesh is None else _copy(x, _sharding(x, where, mesh))
+
+
+def _sharding(x, where, mesh):
+    """One layer's slice lies like the whole stack."""
     if isinstance(where, P):
-        return _copy(x, NamedSharding(mesh, where))
+        return NamedSharding(mesh, where)
     spec = ACTIVATIONS[where] if where in ACTIVATIONS else PARAMETERS[where][2]
-    return lax.with_sharding_constraint(x, NamedSharding(mesh, P(*spec[len(spec) - x.ndim :])))
+    return NamedSharding(mesh, P(*spec[len(spec) - x.ndim :]))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

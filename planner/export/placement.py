@@ -1,8 +1,8 @@
-"""Where a plan puts what a generated program can name: tensors, and copies that ops read.
+"""Where a plan puts what a generated program can name: tensors, copies that ops read, sums.
 
-Read off a Result; how it is written is in `jax_program.py`. Gradients are not named: JAX shards
-an activation's gradient like the activation, and asking for something else between two ops that
-agree makes the compiler replicate whole batches on the way (seen on a 480B encoder).
+Read off a Result; how it is written is in `jax_program.py`. JAX shards the gradient of a value
+like the value unless told otherwise, and cannot name gradients by themselves. So what a plan
+says of gradients decides for which values the sharding binds the gradient too.
 """
 
 from __future__ import annotations
@@ -11,35 +11,79 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from planner.graph.builder import contraction_sizes
+from planner.graph.core import Op
 from planner.result import Result
 from planner.sharding.spec import Spec
 
-Use = tuple[str, int]  # (name of an op, position of an operand)
+Use = tuple[str, str]  # (name of an op, tensor that it reads)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A tensor as one op reads it. `bound`: the gradient of the copy lies like the copy."""
+
+    spec: Spec
+    bound: bool = False
 
 
 @dataclass(frozen=True)
 class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
-    instead, if its operand is resharded for it."""
+    instead, if its operand is resharded for it. `sums`: where products leave unreduced sums, as
+    what they lie there once reduced. `free`: tensors whose gradients the plan puts elsewhere."""
 
     tensors: Mapping[str, Spec]
-    uses: Mapping[Use, Spec] = field(default_factory=dict)
+    uses: Mapping[Use, Copy] = field(default_factory=dict)
+    sums: Mapping[str, Spec] = field(default_factory=dict)
+    free: frozenset[str] = frozenset()
 
 
 def placement(result: Result) -> Placement:
-    """The plan's placement. Copies are named for products only: what element-wise ops read, the
-    compiler decides well by itself."""
-    return Placement(result.specs, _uses(result))
-
-
-def _uses(result: Result) -> dict[Use, Spec]:
-    found: dict[Use, Spec] = {}
+    """The plan's placement."""
+    uses: dict[Use, Copy] = {}
+    sums: dict[str, Spec] = {}
+    order = [name for name, _ in result.mesh.axes]
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
-        if op.phase != "forward" or choice is None or contraction_sizes(op) is None:
+        if op.phase != "forward" or choice is None:
             continue
-        for i, name in enumerate(op.ins):
-            spec = choice.operand(op.rule, i)
-            if not spec.partial and spec != result.specs.get(name):
-                found[op.name, i] = spec
-    return found
+        for name, spec in _operands(op, result).items():
+            home = result.specs.get(name)
+            if home is not None and not spec.partial and spec != home:
+                uses[op.name, name] = Copy(spec, _bound(home, spec))
+        made = choice.result(op.rule, 0, order)
+        if contraction_sizes(op) is not None and made.partial:
+            sums[op.outs[0]] = made.without_partial()
+    return Placement(result.specs, uses, sums, _free(result))
+
+
+def _operands(op: Op, result: Result) -> dict[str, Spec]:
+    """Tensor → how the op reads it; without those that it reads in several ways."""
+    choice = result.plan.choices[op.name]
+    found: dict[str, set[Spec]] = {}
+    for i, name in enumerate(op.ins):
+        found.setdefault(name, set()).add(choice.operand(op.rule, i))
+    return {name: specs.pop() for name, specs in found.items() if len(specs) == 1}
+
+
+def _bound(home: Spec, copy: Spec) -> bool:
+    """Whether the gradient of a copy has to be told where it lies.
+
+    Where an axis is gathered, the gradient is a sum over it, and the compiler reduces it best to
+    where the tensor lies. It must be told where nothing is gathered, or else it makes the product
+    read another copy, and where a dimension stays split by another axis: then it gathers all of it.
+    """
+    if set(home.axes) <= set(copy.axes):
+        return True
+    both = zip(home.dims, copy.dims, strict=True)
+    return any(rest and len(rest) < len(axes) and set(rest) < set(axes) for axes, rest in both)
+
+
+def _free(result: Result) -> frozenset[str]:
+    """Activations whose gradients lie elsewhere, or are unreduced sums."""
+    found = set()
+    for name, gradient in result.graph.cotangents.items():
+        own, other = result.specs.get(name), result.specs.get(gradient)
+        if own is not None and other is not None and own != other:
+            found.add(name)
+    return frozenset(found)

@@ -6,9 +6,10 @@ Causal attention is not halved; lookups and elementwise work do not count. Hardw
 what the schedule needs: recomputation, routing and empty expert slots. Neither knows padding
 or replication: a graph is logical.
 
-Two op attributes matter: `overhead` marks products that move or route data (dispatch and
-combine of experts), `useful` is the fraction of a product that works on tokens (expert
-capacity beyond tokens × k is slack).
+Op attributes matter: `overhead` marks products that move or route data (dispatch and combine of
+experts), `picks` those that only stand for a gather, `useful` is the fraction of a product that
+works on tokens (expert capacity beyond tokens × k is slack), `skips` says that the rest is not
+computed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ class FlopCount:
 def product_flops(op: Op) -> float:
     """FLOPs of one execution of `op` if it is a product, else 0."""
     sizes = contraction_sizes(op)
-    if sizes is None or op.attrs.get("onehot"):
+    if sizes is None or op.attrs.get("onehot") or op.attrs.get("picks"):
         return 0.0
     return float(PER_MULTIPLY_ADD * prod(sizes))
 
@@ -47,11 +48,11 @@ def count_flops(graph: Graph) -> FlopCount:
         trains = trains or op.phase == "backward"
         flops = product_flops(op) * times
         if op.phase == "recompute":
-            again += flops
+            again += flops * (float(op.attrs["useful"]) if op.attrs.get("skips") else 1.0)
         elif op.phase == "forward":
             part = 0.0 if op.attrs.get("overhead") else float(op.attrs.get("useful", 1.0))
             useful += flops * part
-            slack += flops * (1.0 - part)
+            slack += 0.0 if op.attrs.get("skips") else flops * (1.0 - part)
     passes = 1 + BACKWARD_PER_FORWARD if trains else 1
     model = passes * useful
     return FlopCount(model, model + passes * slack + again)

@@ -132,13 +132,15 @@ def softmax(
 
 
 def attention(
-    b: Builder, q: str, k: str, v: str, *, causal: bool, name: str = "attn", grouped: bool = False
-) -> str:
+    b: Builder, q: str, k: str, v: str, *, causal: bool, name: str = "attn",
+    grouped: bool = False, placed: tuple[str, str] | None = None,
+) -> str:  # fmt: skip
     """softmax(q·kᵀ/√d)·v. q: [B,S,N,H] (grouped: [B,S,K,G,H]); k, v: [B,T,N|K,H].
 
-    Without a dimension of heads, [B,T,H], all heads of q share k and v.
+    Without a dimension of heads, [B,T,H], all heads of q share k and v. `placed`: another part
+    of queries and keys, [B,S,N,R] and [B,T,R], that values lack.
     """
-    head = b.lookup(q).shape[-1]
+    head = b.lookup(q).shape[-1] + (b.lookup(placed[0]).shape[-1] if placed else 0)
     heads = "K G" if grouped else "N"
     keys = "" if len(b.lookup(k).shape) == 3 else "K" if grouped else "N"
     qd, kd, vd = f"B S {heads} H", f"B T {keys} H", f"B T {keys} H"
@@ -148,6 +150,16 @@ def attention(
         f"{name}.scores", [(q, labels), (k, kd.split())], ("B", *heads.split(), "S", "T"),
         ex.mul(ex.mul(ex.x(0), ex.x(1)), scale),
     )  # fmt: skip
+    if placed is not None:
+        part = b.map(
+            f"{name}.placed", [(placed[0], "BSNR"), (placed[1], "BTR")], tuple("BNST"),
+            ex.mul(ex.mul(ex.x(0), ex.x(1)), scale),
+        )  # fmt: skip
+        total = ex.add(ex.x(0), ex.x(1))
+        scores = b.map(
+            f"{name}.all_scores", [(scores, "BNST"), (part, "BNST")], tuple("BNST"), total,
+            attrs={"epilogue": True},
+        )  # fmt: skip
     p = softmax(b, scores, "T", f"{name}.probs", ("S", "T") if causal else None)
     return b.einsum(f"B {heads} S T, {vd} -> {qd}", p, v, name=f"{name}.mix")
 

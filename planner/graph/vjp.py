@@ -55,7 +55,7 @@ def _map_operand(b: Builder, op: Op, cotangents: Cotangents, j: int) -> str:
     full = [(t, labels_of(op, d)) for t, d in zip(op.ins, op.rule.ins, strict=True)] + operands
     used = sorted(ex.arguments(value))
     compact = {old: ex.x(new) for new, old in enumerate(used)}
-    attrs = {}
+    attrs = {"picks": op.attrs["picks"]} if "picks" in op.attrs else {}
     if op.attrs.get("onehot") == "take":
         attrs = {"onehot": "scatter", "along": op.attrs["along"]}
     target = b.lookup(op.ins[j])

@@ -8,6 +8,10 @@ from __future__ import annotations
 
 from planner.ilp.evaluate import Evaluation, evaluate
 from planner.ilp.problem import Edge, Outcome, Problem, Usage
+from planner.ilp.quick_bound import quick_bound
 from planner.ilp.solver import BACKENDS, solve
 
-__all__ = ["BACKENDS", "Edge", "Evaluation", "Outcome", "Problem", "Usage", "evaluate", "solve"]
+__all__ = [
+    "BACKENDS", "Edge", "Evaluation", "Outcome", "Problem", "Usage", "evaluate", "quick_bound",
+    "solve",
+]  # fmt: skip

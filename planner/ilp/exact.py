@@ -59,7 +59,7 @@ class Effort:
     seed: int = 0
 
     def enough(self, upper: float, bound: float) -> bool:
-        return upper - bound <= self.gap * abs(upper)
+        return upper < np.inf and upper - bound <= self.gap * abs(upper)
 
 
 def search(
@@ -69,7 +69,8 @@ def search(
     """Optimum of `work` or the best that the limits allow.
 
     With `upper` only choices of at most that cost are wanted: "infeasible" then means that
-    there is none. `grow` False allows only a core that holds the proof at once.
+    there is none, "close" without a choice that none is cheaper by more than `gap`. `grow` False
+    allows only a core that holds the proof at once.
     """
     effort = Effort(clock, nodes, gap, seed)
     linear = linearise(work)
@@ -150,7 +151,7 @@ def _by_cores(
             if best is None:
                 return Search("infeasible", None, max(bound, upper))
             return Search("optimal", best, upper)
-        if best is not None and effort.enough(upper, bound):
+        if effort.enough(upper, bound):
             return Search("close", best, bound)
         known += int(best is not None)
         width = np.inf if known == INCUMBENTS else width * CORE_GROWTH

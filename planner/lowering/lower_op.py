@@ -23,11 +23,24 @@ def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes
     offsets = {
         f.name: axes for f, axes in zip(op.rule.factors, choice.split, strict=True) if axes
     }
-    product = contraction_sizes(local)
+    product = None if op.attrs.get("picks") else contraction_sizes(local)
     dtype = _narrowest(op, tensors) if product is None else tensors[op.ins[0]].dtype
     return Kernel(
         op.name, op.kind, dtype, _moved_bytes(local, tensors), _vector_flops(local),
-        product, local, offsets,
+        product, local, offsets, () if product else _overwritable(op, tensors),
+    )  # fmt: skip
+
+
+def _overwritable(op: Op, tensors: Mapping[str, Tensor]) -> tuple[int, ...]:
+    """Operands that an element-wise pass reads point by point where it writes its first result:
+    that may take over their memory."""
+    rule = op.rule
+    if op.kind != "map" or op.attrs.get("onehot") or any(f.kind == "reduce" for f in rule.factors):
+        return ()
+    dtype = tensors[op.outs[0]].dtype
+    return tuple(
+        i for i, (name, dims) in enumerate(zip(op.ins, rule.ins, strict=True))
+        if dims == rule.outs[0] and tensors[name].dtype == dtype
     )  # fmt: skip
 
 
@@ -44,9 +57,8 @@ def local_elements(rule: Rule, dims: Dims) -> int:
 def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
     """Bytes through device memory: every operand read and every result written once."""
     rule = op.rule
-    constant = not op.ins and not op.attrs.get("written")
-    if constant or op.kind == "reshape":
-        return 0.0  # constants fuse into their readers, a reshape is another view
+    if op.kind == "reshape":
+        return 0.0  # another view
     reads = [
         local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
         for t, d in zip(op.ins, rule.ins, strict=True)
@@ -55,11 +67,24 @@ def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
         local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
         for t, d in zip(op.outs, rule.outs, strict=True)
     ]
+    if op.attrs.get("picks"):
+        return _picked_bytes(op, tensors)
     if op.attrs.get("onehot") == "take":
         return float(reads[1] + 2 * writes[0])  # only the rows looked up are read
     if op.attrs.get("epilogue"):
         return float(sum(reads[1:]))  # products add the others' results into their own
     return float(sum(reads) + sum(writes))
+
+
+def _picked_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
+    """Rows come and go; the mask that says which is a short list of places."""
+    rule = op.rule
+    moved = 0
+    for tensor, dims in zip((*op.ins, *op.outs), (*rule.ins, *rule.outs), strict=True):
+        names = {rule.factors[f].name for d in dims for f in d}
+        if not names.issuperset(op.attrs["picks"]):
+            moved += local_elements(rule, dims) * ITEM_BYTES[tensors[tensor].dtype]
+    return float(moved)
 
 
 def _vector_flops(op: Op) -> float:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console, RenderableType
+from rich.progress import BarColumn, SpinnerColumn, TextColumn
+from rich.progress import Progress as Bar
+
+from planner.progress import Progress
 
 COLORS = ("auto", "always", "never")
 PIPED_WIDTH = 10_000  # columns where the output is no terminal: nothing is cut or wrapped
@@ -38,14 +42,21 @@ class Screen:
             print(text, file=sys.stderr)
 
     @contextmanager
-    def progress(self) -> Iterator[Callable[[str], None] | None]:
-        """A function to tell what is going on; None where nobody watches."""
+    def progress(self) -> Iterator[Progress | None]:
+        """A bar, and a function to tell what is going on; None where nobody watches."""
         console = _console(self.color, stderr=True)
         if self.quiet or not console.is_terminal:
             yield None
             return
-        with console.status("starting") as status:
-            yield lambda text: status.update(text.replace("[", "\\["))
+        columns = SpinnerColumn(), BarColumn(), TextColumn("{task.description}", markup=False)
+        with Bar(*columns, console=console, transient=True) as bar:
+            task = bar.add_task("starting", total=None)
+
+            def tell(text: str, share: float | None = None) -> None:
+                total = None if share is None else 1.0
+                bar.update(task, description=text, total=total, completed=share or 0.0)
+
+            yield tell
 
 
 def _console(color: str, stderr: bool) -> Console:

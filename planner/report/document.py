@@ -14,6 +14,7 @@ from planner.annotations import as_lists, axes_by_name
 from planner.export.jsontext import finite
 from planner.request import Planned
 from planner.result import Result
+from planner.search.shapes import front
 
 SCHEMA_VERSION = 1
 
@@ -49,6 +50,7 @@ def document(planned: Planned) -> dict[str, Any]:
             {"key": a.key, "value": a.value, "low": a.low, "high": a.high, "why": a.why}
             for a in result.model.assumed
         ],
+        "mesh_shapes": _mesh_shapes(planned),
         "notes": list(notes(planned)),
         "explanation": list(planned.explanation),
     }  # fmt: skip
@@ -70,9 +72,10 @@ def notes(planned: Planned) -> tuple[str, ...]:
     """What a reader of the figures should know."""
     result = planned.result
     found = list(result.notes)
-    if planned.machine.automatic:
+    if planned.machine.shape is None and not planned.machine.every:
         found.append(
-            f"no mesh shape was given: this is the best of {planned.shapes_tried} automatic ones"
+            f"no mesh shape was given: this is the best of {max(1, len(planned.trials))} automatic "
+            "ones; --shape auto tries all"
         )
     published = result.model.published_parameters
     if published is not None:
@@ -87,6 +90,19 @@ def _mesh(result: Result) -> dict[str, Any]:
         "name": mesh.topology.name, "chip": mesh.chip.name, "chips": mesh.topology.chips,
         "devices": mesh.devices, "axes": dict(mesh.axes),
     }  # fmt: skip
+
+
+def _mesh_shapes(planned: Planned) -> list[dict[str, Any]]:
+    """The candidates of a search, the best first."""
+    best = front(planned.trials)
+    return [
+        {
+            "axes": dict(t.mesh.axes), "layout": t.mesh.assignment(), "outcome": t.outcome,
+            "step_time_s": finite(t.step_time_s), "peak_bytes": t.peak_bytes,
+            "bound_s": finite(t.bound_s), "front": t in best,
+        }
+        for t in planned.trials
+    ]  # fmt: skip
 
 
 def _solver(result: Result) -> dict[str, Any]:

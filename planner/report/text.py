@@ -6,6 +6,7 @@ from the result; nothing is computed here but layout.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from rich.console import Group, RenderableType
@@ -19,15 +20,15 @@ from planner.report.document import notes
 from planner.report.tables import table
 from planner.request import Planned, Sensitivity
 from planner.result import Result
+from planner.search.shapes import FITS, Trial, front, shape_text
 
 TOP_COLLECTIVES = 8
 MAIN_ACTIVATIONS = 12
 LARGEST_TENSORS = 8
+TOP_SHAPES = 12
 
 
-def report(
-    planned: Planned, command: str | None, sensitivity: Sequence[Sensitivity] = ()
-) -> Group:
+def report(planned: Planned, command: str | None, sensitivity: Sequence[Sensitivity] = ()) -> Group:
     """The whole report. `command`: what writes this plan's files, None once they are written."""
     return Group(*_parts(planned, command, sensitivity))
 
@@ -48,6 +49,9 @@ def _parts(
     yield from _shardings(result)
     yield Text()
     yield _collectives(result)
+    if planned.trials:
+        yield Text()
+        yield from _mesh_shapes(planned.trials)
     if result.model.assumed:
         yield Text()
         yield from _assumed(result, sensitivity)
@@ -170,6 +174,25 @@ def _collectives(result: Result) -> Table:
             amounts.seconds(t.seconds), amounts.seconds(t.total_s), Text(t.tensor),
         )  # fmt: skip
     return found
+
+
+def _mesh_shapes(trials: Sequence[Trial]) -> Iterator[RenderableType]:
+    """The candidates, those marked that no other beats in both step time and memory."""
+    best = front(trials)
+    found = table("mesh shapes", "step", "peak", "", "layout", right=("step", "peak"))
+    for t in trials[:TOP_SHAPES]:
+        step = amounts.seconds(t.step_time_s) if t.plan else f"≥ {amounts.seconds(t.bound_s)}"
+        found.add_row(
+            shape_text(t.mesh), step if t.bound_s < float("inf") else "",
+            "" if t.peak_bytes is None else amounts.size(t.peak_bytes),
+            "front" if t in best else "" if t.outcome == FITS else t.outcome,
+            Text(t.mesh.assignment()),
+        )  # fmt: skip
+    yield found
+    yield Text("front: no other is both faster and smaller")
+    outcomes = Counter(t.outcome for t in trials[TOP_SHAPES:])
+    if outcomes:
+        yield Text("and " + ", ".join(f"{n} more {what}" for what, n in outcomes.items()))
 
 
 def _assumed(result: Result, sensitivity: Sequence[Sensitivity]) -> Iterator[Text]:

@@ -174,16 +174,6 @@ class Space:
         names = tuple(f"{kind}:{name}" for kind, name in self.keys)
         return Problem(tuple(costs), edges, tuple(usages), limit, names)
 
-    def memory_problem(self, weights: Mapping[int, float]) -> Problem:
-        """Least weighted sum of the memory at some schedule steps (bytes), time second."""
-        steps = sorted(weights)
-        timed = self.problem(np.inf, steps)
-        costs = list(timed.costs)  # seconds beside bytes: they only break ties
-        for usage in timed.usages:
-            weight = sum(weights[steps[p]] for p in range(usage.start, usage.stop))
-            costs[usage.node] = costs[usage.node] + weight * usage.amount
-        return Problem(tuple(costs), timed.edges, names=timed.names)
-
     def _join(
         self, costs: list[Array], merged: dict[tuple[int, int], Array], c: Conversion, m: Array
     ) -> None:

@@ -167,11 +167,13 @@ def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:
     found = list(collectives)
     windows: dict[str, str] = {}
     for c in found:
-        if c.window and windows.get(c.op_name) != "reduce-scatter":
-            windows[c.op_name] = c.window
+        if c.kind == "collective-permute" and c.stands_for:
+            sums = windows.get(c.op_name) == "reduce-scatter"
+            windows[c.op_name] = "reduce-scatter" if sums else c.stands_for
     for c in found:
-        window = windows.get(c.op_name, "") if c.kind == "collective-permute" else ""
-        yield Moved(c.kind, c.axes, c.bytes * c.count, window)
+        permute = c.kind == "collective-permute"
+        stands_for = windows.get(c.op_name, "") if permute else c.stands_for
+        yield Moved(c.kind, c.axes, c.bytes * c.count, stands_for)
 
 
 def collective_rows(predicted: Totals, compiled: Totals, t: Thresholds | None) -> tuple[Row, ...]:

@@ -7,7 +7,7 @@ collectives, FLOPs, cycles) is read by `hlo_reading.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -25,6 +25,7 @@ _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{\s
 _RESULT = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
 _OPCODE = re.compile(r"\s*(?P<opcode>[a-z][\w\-]*)\(")
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+\d*[a-z0-9]*)\[(?P<sizes>[\d,<=]*)\]")
+_MARK = re.compile(r'[",()\[\]{}]')
 _REFERENCE = re.compile(r"%?([\w.\-]+)$")
 
 
@@ -85,6 +86,15 @@ class Computation:
     @cached_property
     def root(self) -> Instruction:
         return next((i for i in self.instructions if i.root), self.instructions[-1])
+
+    @cached_property
+    def readers(self) -> Mapping[str, Sequence[Instruction]]:
+        """The instructions that read a value, by its name."""
+        found: dict[str, list[Instruction]] = {}
+        for i in self.instructions:
+            for name in dict.fromkeys(i.operands):
+                found.setdefault(name, []).append(i)
+        return found
 
     def operand_arrays(self, instruction: Instruction) -> tuple[Array, ...]:
         """The arrays that an instruction reads."""
@@ -149,28 +159,36 @@ def _shape(text: str) -> tuple[str, str]:
 
 def _closed(text: str) -> str:
     """What is inside the bracket that `text` starts with; quoted brackets do not count."""
-    depth, quoted = 0, False
-    for i, c in enumerate(text):
-        if c == '"' and text[i - 1] != "\\":
-            quoted = not quoted
-        elif not quoted:
-            depth += (c in "([{") - (c in ")]}")
-            if depth == 0:
-                return text[1:i]
-    raise HloError(f"unclosed bracket: {text[:80]}")
+    end = _end(text, "")
+    if end is None:
+        raise HloError(f"unclosed bracket: {text[:80]}")
+    return text[1:end]
 
 
 def _balanced(text: str) -> str:
     """`text` up to its first comma outside brackets and quotes."""
+    return text[: _end(text, ",")]
+
+
+def _end(text: str, stop: str) -> int | None:
+    """Where the first character of `stop` stands outside brackets and quotes; if `stop` is empty,
+    where the first bracket closes."""
     depth, quoted = 0, False
-    for i, c in enumerate(text):
-        if c == '"' and text[i - 1] != "\\":
-            quoted = not quoted
-        elif not quoted:
-            depth += (c in "([{") - (c in ")]}")
-            if c == "," and depth == 0:
-                return text[:i]
-    return text
+    for found in _MARK.finditer(text):
+        c, i = found[0], found.start()
+        if c == '"':
+            quoted ^= text[i - 1] != "\\"
+        elif quoted:
+            continue
+        elif c in "([{":
+            depth += 1
+        elif c in ")]}":
+            depth -= 1
+            if depth == 0 and not stop:
+                return i
+        elif depth == 0 and c in stop:
+            return i
+    return None
 
 
 def arrays(text: str) -> tuple[Array, ...]:

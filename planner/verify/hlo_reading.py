@@ -23,6 +23,7 @@ from planner.verify.hlo import (
     replica_groups,
     trip_count,
 )
+from planner.verify.hlo_uses import roles
 
 KINDS = (
     "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute",
@@ -43,7 +44,7 @@ class Executed:
     name: str
     op_name: str = ""
     asynchronous: bool = False
-    window: str = ""  # the collective whose place a windowed einsum's permutes take
+    stands_for: str = ""  # another kind whose place this one takes
     chain: str = ""  # the TPU compiler's fusions that carry out one collective piece by piece
 
     @property
@@ -151,18 +152,29 @@ class _Reader:
             if groups.size == 0:
                 groups = np.arange(prod(n for _, n in self.axes))[None, :]
             axes, size = self._axes_of(groups), groups.shape[1]
-        operands = scope.operand_arrays(i)
-        total = sum(a.bytes for a in operands) * (size if kind == "all-gather" else 1)
         if size == 1 and kind != "collective-permute":
             return Reading()  # a group of one moves nothing
         found = Reading(cycles=float(i.estimated_cycles))
         chain = re.search(r'chain_id="(\d+)"', i.rest)
         asynchronous = i.opcode.endswith("-start") or chain is not None
-        window = _window_of(scope, i) if kind == "collective-permute" else ""
         own = f"{chain[1]}/{i.attribute('channel_id')}" if chain else ""
-        found.collectives.append(
-            Executed(kind, axes, total, 1, i.name, i.op_name, asynchronous, window, own)
-        )
+        for role, total in self._payloads(scope, i, kind).items():
+            count = total * (size if kind == "all-gather" else 1)
+            found.collectives.append(
+                Executed(kind, axes, count, 1, i.name, i.op_name, asynchronous, role, own)
+            )
+        return found
+
+    def _payloads(self, scope: Computation, i: Instruction, kind: str) -> dict[str, int]:
+        """Bytes of the operands, by the kind that the collective stands for with them."""
+        sizes = [sum(a.bytes for a in scope.by_name[name].shape) for name in i.operands]
+        if kind == "collective-permute":
+            return {_window_of(scope, i): sum(sizes)}
+        if kind != "all-reduce":
+            return {"": sum(sizes)}
+        found: dict[str, int] = defaultdict(int)
+        for role, size in zip(roles(self.module, scope, i), sizes, strict=True):
+            found[role] += size
         return found
 
     def _axes_of(self, groups: np.ndarray) -> tuple[str, ...]:

@@ -9,6 +9,8 @@ Applied to predicted and compiled collectives alike, before they are compared:
 3. A gather over several mesh axes = gathers over one axis after the other, last axis first;
    a reduce-scatter the other way round.
 4. Combined collectives = the sum of their payloads; counts are not compared.
+5. An all-reduce of which every reader takes only its slice = a reduce-scatter.
+6. An all-reduce of arrays that hold one device's slice each and else zeros = an all-gather.
 
 Nothing else is equal: a reduction in f32 instead of bf16, a gather of something that is sliced
 away afterwards, or another mesh axis is a difference.
@@ -29,7 +31,7 @@ class Moved:
     kind: str
     axes: tuple[str, ...]
     total_bytes: float
-    window: str = ""  # all-gather or reduce-scatter, for permutes of a windowed einsum
+    stands_for: str = ""  # the kind whose place it takes, for all-reduces and permutes
 
 
 Totals = dict[tuple[str, tuple[str, ...]], float]
@@ -47,14 +49,16 @@ def normalised(moves: Iterable[Moved], sizes: Mapping[str, int]) -> Totals:
 
 def _in_two_kinds(move: Moved, sizes: Mapping[str, int]) -> list[Moved]:
     """Reductions and decomposed matmuls as gathers and scatters."""
+    if move.kind == "all-reduce" and move.stands_for:
+        return [Moved(move.stands_for, move.axes, move.total_bytes)]
     if move.kind == "all-reduce":
         return [
             Moved(kind, move.axes, move.total_bytes) for kind in ("reduce-scatter", "all-gather")
         ]
-    if move.kind == "collective-permute" and move.window:
+    if move.kind == "collective-permute" and move.stands_for:
         n = prod(_size(axis, sizes) for axis in move.axes)
-        sent = n - 1 if move.window == "all-gather" else n + 1
-        return [Moved(move.window, move.axes, move.total_bytes * n / sent)]
+        sent = n - 1 if move.stands_for == "all-gather" else n + 1
+        return [Moved(move.stands_for, move.axes, move.total_bytes * n / sent)]
     return [move]
 
 

@@ -103,11 +103,22 @@ def test_what_does_not_fit_has_all_keys_too(capsys):
 
 
 def test_no_shape_means_the_best_candidate_and_says_so(capsys):
-    ran = plan(capsys, TINY, "--shape", "auto", "--format", "json")
+    ran = plan(capsys, TINY, "--mesh", "tpu-v3:2x1", "--format", "json")
     document = json.loads(ran.out)
     assert any("automatic" in note for note in document["notes"])
-    fixed = json.loads(plan(capsys, TINY, "--format", "json").out)
-    assert document["step_time_s"] <= fixed["step_time_s"] * 1.001
+    assert len(document["mesh_shapes"]) > 1
+
+
+def test_shape_auto_ranks_all_shapes(capsys):
+    place = ("--mesh", "tpu-v3:2x1", "--shape", "auto")
+    document = json.loads(plan(capsys, TINY, *place, "--format", "json").out)
+    ranking = document["mesh_shapes"]
+    assert {len(entry["axes"]) for entry in ranking} == {1, 2}
+    assert ranking[0]["axes"] == document["mesh"]["axes"]
+    assert ranking[0]["step_time_s"] == document["step_time_s"]
+    assert ranking[0]["front"]
+    report = plan(capsys, TINY, *place).out
+    assert "front: no other is both faster and smaller" in report
 
 
 def test_overrides_change_the_model(capsys):

@@ -16,7 +16,7 @@ import pytest
 import meshes
 from planner.export.jax_ops import ExportError
 from planner.export.jax_program import jax_program
-from planner.export.placement import Placement
+from planner.export.placement import Copy, Placement
 from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
@@ -172,7 +172,12 @@ def test_sharded_over_eight_devices_is_the_same(tmp_path: Path) -> None:
             "layers.x.in": Spec((("x",), (), ("y",))), "layers.q": Spec((("x",), (), (), ())),
             "logits": Spec((("x",), ("y",), ())),
         },
-        {("layers.h", 1): Spec(((), ())), ("layers.q", 0): Spec((("x",), ("y",), ()))},
+        {
+            ("layers.h", "layers.w1"): Copy(Spec(((), ()))),
+            ("layers.q", "layers.x.in"): Copy(Spec((("x",), ("y",), ())), bound=True),
+        },
+        {"layers.h": Spec((("x",), (), ("y",)))},
+        frozenset({"layers.q"}),
     )
     program = tmp_path / "program.py"
     source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)

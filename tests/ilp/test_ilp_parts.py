@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ilp_support import brute_force, from_seed, problems
+from ilp_support import brute_force, from_seed, problems, random_problem
 
-from planner.ilp import Problem, elimination, evaluate, exact
+from planner.ilp import Edge, Problem, elimination, evaluate, exact, quick_bound
 from planner.ilp.presolve import presolve
 from planner.ilp.presolve_dominance import drop_dominated, forbid_pairs
 from planner.ilp.presolve_edges import drop_infinite, reduce_edge
@@ -145,3 +145,22 @@ def test_work_prices_and_loads_like_the_referee(problem: Problem, seed: int) -> 
     load = work.load(choice)
     fits = load.max(initial=0.0) <= work.limit
     assert (fits and priced.cost < np.inf) == priced.fits
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_quick_bound_never_exceeds_the_optimum(seed):
+    problem = random_problem(np.random.default_rng(seed), tightness=None)
+    best = brute_force(problem)
+    bound = quick_bound(problem)
+    if best is None:
+        assert bound > 0
+    else:
+        assert bound <= best.cost * (1 + 1e-9) + 1e-9
+
+
+def test_quick_bound_of_a_chain_is_exact():
+    rng = np.random.default_rng(1)
+    costs = tuple(rng.integers(0, 9, 4).astype(float) for _ in range(5))
+    edges = tuple(Edge(i, i + 1, rng.integers(0, 9, (4, 4)).astype(float)) for i in range(4))
+    problem = Problem(costs, edges)
+    assert quick_bound(problem) == pytest.approx(brute_force(problem).cost)

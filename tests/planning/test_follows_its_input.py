@@ -10,7 +10,7 @@ from costmodels.summary import collectives
 from meshes.resolve import from_text
 from planner.model import Model
 from planner.modelfile import load_model
-from planner.planning import Options, plan_model
+from planner.planning import LEAST_MEMORY_GAP, Infeasible, Options, Unsolved, plan_model
 from planner.result import Result
 
 TEXT = """
@@ -63,6 +63,17 @@ def test_what_crosses_a_slow_axis_takes_its_time() -> None:
     seconds = collective_seconds(_mesh("dims: {x: {bytes_per_s: 1e6}}\n"), "all-gather",
                                  ("x", "y"), payload)  # fmt: skip
     assert seconds == pytest.approx(payload / 2 / 2e6, rel=1e-3)
+
+
+def test_what_does_not_fit_needs_nearly_the_least_memory(model: Model) -> None:
+    mesh = meshes.logical(meshes.resolve("tpu-v4:1x2x2"), SHAPE)
+    with pytest.raises(Infeasible) as caught:
+        plan_model(model, mesh, Options(memory_bytes=1_000_000))
+    least = caught.value.result.memory.peak_bytes
+    assert plan_model(model, mesh, Options(memory_bytes=least, headroom=0.0)).fits
+    less = int(least * (1 - LEAST_MEMORY_GAP))
+    with pytest.raises(Unsolved):
+        plan_model(model, mesh, Options(memory_bytes=less, headroom=0.0, least_memory=False))
 
 
 def test_few_volumes_on_many_devices_are_split_over_space() -> None:

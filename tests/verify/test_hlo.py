@@ -61,7 +61,7 @@ def test_decomposed_matmuls_and_asynchronous_fusions() -> None:
     assert found["all-gather", ("y",)] == pytest.approx(LAYERS * 3 * activation)
     assert found["reduce-scatter", ("y",)] == pytest.approx(LAYERS * 2 * activation)
     assert found["all-gather", ("x",)] == pytest.approx(LAYERS * 4 * weight)
-    assert {c.window for c in r.collectives} == {"", "all-gather", "reduce-scatter"}
+    assert {c.stands_for for c in r.collectives} == {"", "all-gather", "reduce-scatter"}
 
 
 def test_phases_of_collectives() -> None:

@@ -61,6 +61,23 @@ CASES: dict[str, tuple[str, dict[str, Any], int]] = {
          "group_size": 3},
         6 * LAYER + 4 * D * F + 2 * (3 * 2 * D * F + 4 * D) + V * D + D,
     ),
+    "moe-decoder as in DeepSeek-V3": (
+        "moe-decoder",
+        {**TEXT, "layers": 3, "dense_first": 1, "experts": 4, "expert_d_ff": 5, "gated": True,
+         "shared_experts": 2, "tied_embeddings": False, "norm": "rms",
+         "q_rank": 6, "kv_rank": 3, "rope_dim": 2},
+        3 * (
+            D * 6 + 6 + 6 * 4 * (H + 2)            # queries: down, norm, up
+            + D * 3 + 3 + 2 * 3 * 4 * H + D * 2    # keys and values, the keys' positions
+            + 4 * H * D + 2 * D                    # output, norms
+        )
+        + 3 * D * F + 2 * (4 * 3 * D * 5 + 3 * D * 10 + 4 * D) + 2 * V * D + D,
+    ),
+    "decoder with latent keys and values only": (
+        "decoder",
+        {**TEXT, "layers": 1, "kv_rank": 3},
+        LAYER - 2 * D * 4 * H + D * 3 + 3 + 2 * 3 * 4 * H + V * D + D,
+    ),
     "moe-encoder-decoder as in GShard": (
         "moe-encoder-decoder",
         {**TEXT, "encoder_layers": 2, "decoder_layers": 2, "experts": 3, "top_k": 1,
@@ -182,6 +199,9 @@ def test_the_loss_starts_near_that_of_guessing(case: str) -> None:
          "does not divide decoder_layers 3"),
         ("vit", {"layers": 1, "d_model": 128, "image": 225}, "patches of 16"),
         ("conformer", {"layers": 1, "d_model": 128, "frames": 6}, "frames 6"),
+        ("moe-decoder", {**TEXT, "layers": 2, "experts": 4, "dense_first": 2}, "leaves none"),
+        ("decoder", {**TEXT, "layers": 1, "rope_dim": 2}, "give kv_rank"),
+        ("decoder", {**TEXT, "layers": 1, "kv_rank": 2, "kv_heads": 1}, "has no kv_heads"),
         ("resnet", {"blocks": []}, "at least 1 item"),
         ("unet", {"image": [16]}, "at least 2 items"),
         ("unet", {"image": [24, 16]}, "divisible by 16, not 24"),

@@ -15,7 +15,7 @@ from planner.graph import expr as ex
 from planner.graph.builder import Builder
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
-from planner.graph.flops import count_flops
+from planner.graph.flops import FlopCount, count_flops
 from planner.graph.optimizers import RATE
 from planner.model import Model, Training
 from planner.values import reference
@@ -73,10 +73,11 @@ def loss_by_token(jax: Any, p: dict[str, Any], s: Experts, routes: list[Any]) ->
     rows = []
     for x, route in zip(groups, routes, strict=True):
         likely = jax.nn.softmax(x @ p["router"])
-        out = [jnp.zeros(D) for _ in x]
+        out = [shared_expert(jax, p, row) if s.shared_experts else jnp.zeros(D) for row in x]
         for token, expert in route:
             top = jnp.sort(likely[token])[::-1][: s.top_k]
-            gate = likely[token, expert] / (top.sum() if s.top_k > 1 else 1.0)
+            chosen_by_token = s.top_k > 1 and s.routing != "expert_choice"
+            gate = likely[token, expert] / (top.sum() if chosen_by_token else 1.0)
             h = jax.nn.gelu(x[token] @ p["expert_w_gate"][expert], approximate=True)
             h = h * (x[token] @ p["expert_w_in"][expert])
             out[token] += gate * (h @ p["expert_w_out"][expert])
@@ -86,15 +87,22 @@ def loss_by_token(jax: Any, p: dict[str, Any], s: Experts, routes: list[Any]) ->
     return (jnp.tanh(y) * weight).sum()
 
 
+def shared_expert(jax: Any, p: dict[str, Any], x: Any) -> Any:
+    h = jax.nn.gelu(x @ p["shared_w_gate"], approximate=True) * (x @ p["shared_w_in"])
+    return h @ p["shared_w_out"]
+
+
 @pytest.mark.parametrize(
     ("given", "slots", "dropped"),
     [
-        ({"capacity_factor": 3.0}, 12, False),
+        ({"capacity_factor": 3.0}, 6, False),  # no expert gets a token twice
         ({"capacity_factor": 0.5}, 2, True),
         ({"top_k": 1, "capacity_factor": 0.5}, 1, True),
         ({"capacity_factor": 0.5, "group_size": 3}, 1, True),
         ({"capacity_factor": 0.5, "group_size": 12}, 4, True),
         ({"top_k": 3, "capacity_factor": 1.0}, 6, False),
+        ({"routing": "dropless", "load_imbalance": 1.5}, 6, False),
+        ({"capacity_factor": 0.5, "shared_experts": 2}, 2, True),
     ],
 )
 @pytest.mark.parametrize("seed", [0, 1])
@@ -118,13 +126,50 @@ def test_values_and_gradients(
         np.testing.assert_allclose(ours, gradient[old], rtol=1e-6, atol=1e-9, err_msg=old)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0])
+def test_experts_choose_the_tokens_that_score_best(jax: Any, factor: float) -> None:
+    s = settings(gated=True, routing="expert_choice", capacity_factor=factor)
+    slots = s.capacity(S)
+    step = training_step(Model("m", layer_graph(s), Training(1, "sgd", remat="none"), 1))
+    inputs = reference.random_inputs(step, 0)
+    scores = np.asarray(jax.nn.softmax((inputs["x"] @ inputs["router"]).reshape(-1, S, E)))
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :slots]
+    routes = [[(int(t), e) for e in range(E) for t in group[:, e]] for group in best]
+    value, gradient = jax.value_and_grad(lambda p: loss_by_token(jax, p, s, routes))(inputs)
+    found = reference.evaluate(step, inputs)
+    assert found[step.outputs[0]] == pytest.approx(float(value), rel=1e-9)
+    for new, old in step.aliases.items():
+        ours = (inputs[old] - found[new]) / RATE
+        np.testing.assert_allclose(ours, gradient[old], rtol=1e-6, atol=1e-9, err_msg=old)
+
+
+def test_without_dropping_neither_empty_slots_nor_gathers_are_hardware_work() -> None:
+    def flops(**given: Any) -> FlopCount:
+        s = settings(sequence=12, **given)
+        graph = build(s, B, Training(B))
+        return count_flops(training_step(Model("m", graph, Training(B, remat="full"), B * 12)))
+
+    even, uneven = (flops(routing="dropless", load_imbalance=i) for i in (1.0, 1.5))
+    assert uneven == even
+    assert even.model == flops(capacity_factor=1.0).model
+    outside = 6 * B * 12 * D * 7  # the output projection is not recomputed
+    assert even.hardware == pytest.approx((even.model - outside) * 4 / 3 + outside)
+
+
+def test_the_busiest_expert_holds_up_the_others() -> None:
+    def slots(imbalance: float) -> int:
+        return settings(routing="dropless", load_imbalance=imbalance).capacity(60)
+
+    assert [slots(i) for i in (1.0, 1.25, 1.5, 9.0)] == [40, 50, 60, 60]
+
+
 def test_flops_count_k_experts_per_token_and_slack_as_hardware_work() -> None:
     s = settings(capacity_factor=2.0, sequence=12)
     step = training_step(
         Model("m", build(s, B, Training(B)), Training(B, "sgd", remat="none"), B * 12)
     )
     tokens, slots = B * 12, s.capacity(12)
-    assert slots == 16
+    assert slots == 12
     attention = 4 * D * D + 2 * 12 * D
     per_token = attention + D * E + 2 * (2 * D * F) + D * 7
     assert count_flops(step).model == 6 * tokens * per_token

@@ -1,0 +1,1 @@
+"""Many plans at once: shapes of a mesh, machines of a sweep, on all cores."""

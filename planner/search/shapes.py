@@ -1,0 +1,231 @@
+"""Which logical mesh is best: every candidate bounded or planned, and what became of each.
+
+Where the chip does not overlap communication and computation, the surrogate's bound is one of
+the step time. Candidates then are planned in the order of their bounds until no bound leaves
+room for a faster plan. Where it does, the bound only says where to look first: candidates of
+one and two axes are all planned, those of three in order of promise, until several in a row
+bring nothing.
+
+Candidates are planned in batches of a fixed size, so the answer does not depend on how many
+processes share the work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from math import inf, isfinite
+from time import monotonic
+
+from meshes import LogicalMesh
+from planner.model import Model
+from planner.pins import PinError
+from planner.plan import Plan
+from planner.planning import (
+    Infeasible,
+    NothingFits,
+    Options,
+    Unsolved,
+    plan_model,
+    surrogate_bound,
+)
+from planner.progress import Progress
+from planner.report import amounts
+from planner.result import Result
+from planner.search.pool import Spread, processes
+
+BATCH = 4
+SAME = 1e-3  # step times that differ by less are equal
+ALWAYS_PLANNED_AXES = 2
+PATIENCE = 8  # candidates in a row that may fail to be faster
+FALLBACKS = 5  # candidates of which the plan of least memory is sought if nothing fits
+FITS, TOO_LARGE, UNSOLVED, SLOWER, LEFT_OUT, IMPOSSIBLE = (
+    "fits", "does not fit", "no plan in time", "slower", "left out", "constraints impossible",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate and what became of it. Where nothing fitted, step time and peak are those of
+    the plan of least memory, if one was sought."""
+
+    mesh: LogicalMesh
+    bound_s: float
+    outcome: str = LEFT_OUT
+    step_time_s: float = inf
+    peak_bytes: int | None = None
+    plan: Plan | None = None
+    explanation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What a process needs to plan one candidate."""
+
+    model: Model
+    trial: Trial
+    options: Options
+
+
+def search(
+    model: Model, candidates: Sequence[LogicalMesh], options: Options,
+    progress: Progress | None = None,
+) -> list[Trial]:  # fmt: skip
+    """All candidates, the best first: those that fit by step time, then the rest by bound.
+
+    Raises Unsolved or PinError if no candidate has any plan.
+    """
+    with processes(len(candidates)) as spread:
+        running = _Search(model, options, spread, progress)
+        return ranked(running.run(candidates))
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """By step time; of those that do not fit the plan of least memory first, then by bound."""
+
+    def key(t: Trial) -> tuple[object, ...]:
+        fits = t.outcome == FITS
+        peak = inf if t.peak_bytes is None else t.peak_bytes
+        return (not fits, t.step_time_s if fits else peak, t.outcome == IMPOSSIBLE, t.bound_s)
+
+    return sorted(trials, key=key)
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that fit and are faster than all that need no more memory, fastest first."""
+    least = inf
+    found = []
+    for t in sorted(
+        (t for t in trials if t.outcome == FITS), key=lambda t: (t.step_time_s, t.peak_bytes or 0)
+    ):
+        if t.peak_bytes is not None and t.peak_bytes < least:
+            found.append(t)
+            least = t.peak_bytes
+    return found
+
+
+@dataclass
+class _Search:
+    model: Model
+    options: Options
+    spread: Spread
+    progress: Progress | None
+    candidates: Sequence[LogicalMesh] = ()
+    trials: list[Trial] = field(default_factory=list)
+    settled: dict[int, Trial] = field(default_factory=dict)
+    best_s: float = inf
+    began: float = field(default_factory=monotonic)
+
+    def run(self, candidates: Sequence[LogicalMesh]) -> list[Trial]:
+        self.candidates = candidates
+        self.trials = self._bounded()
+        order = sorted(range(len(self.trials)), key=lambda i: self.trials[i].bound_s)
+        few = [i for i in order if len(self.trials[i].mesh.axes) <= ALWAYS_PLANNED_AXES]
+        more = [i for i in order if i not in few]
+        self._plan(few, patience=len(few))
+        self._plan(more, patience=PATIENCE)
+        found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
+        if not any(t.outcome == FITS for t in found):
+            found = self._least_memory(found)
+        return found
+
+    def _bounded(self) -> list[Trial]:
+        calls = [_Call(self.model, Trial(mesh, 0.0), self.options) for mesh in self.candidates]
+        return self._each(_bound, calls, "bounding")
+
+    def _plan(self, order: Sequence[int], patience: int) -> None:
+        """Plans the trials of these numbers in batches, as long as there is hope and time."""
+        waiting = list(order)
+        idle = 0
+        while waiting and idle < patience and not self._late():
+            waiting = [i for i in waiting if not self._hopeless(i)]
+            batch, waiting = waiting[:BATCH], waiting[BATCH:]
+            options = self._options()
+            calls = [_Call(self.model, self.trials[i], options) for i in batch]
+            for i, trial in zip(batch, self._each(_plan, calls, "planning"), strict=True):
+                self.settled[i] = trial
+                faster = trial.outcome == FITS and trial.step_time_s < self.best_s * (1 - SAME)
+                idle = 0 if faster else idle + 1
+                if trial.outcome == FITS:
+                    self.best_s = min(self.best_s, trial.step_time_s)
+
+    def _hopeless(self, i: int) -> bool:
+        """Settles what its constraints or its bound rule out."""
+        trial = self.trials[i]
+        if trial.outcome == IMPOSSIBLE:
+            return True
+        bounds = not trial.mesh.chip.overlap
+        if bounds and trial.bound_s >= self.best_s * (1 - SAME):
+            self.settled[i] = replace(trial, outcome=SLOWER)
+            return True
+        return False
+
+    def _least_memory(self, trials: list[Trial]) -> list[Trial]:
+        """Nothing fits: for a few candidates the plan of least memory, and why."""
+        asked = [i for i, t in enumerate(trials) if t.outcome == TOO_LARGE][:FALLBACKS]
+        options = replace(self._options(), least_memory=True)
+        calls = [_Call(self.model, trials[i], options) for i in asked]
+        found = self._each(_plan, calls, "looking for the plan of least memory")
+        result = list(trials)
+        for i, trial in zip(asked, found, strict=True):
+            result[i] = trial
+        return result
+
+    # ---- time and progress --------------------------------------------------------------------
+
+    def _late(self) -> bool:
+        limit = self.options.time_limit_s
+        return limit is not None and monotonic() - self.began >= limit
+
+    def _options(self) -> Options:
+        """Options of the next batch: what is left of the time limit, no plan that cannot fit."""
+        limit = self.options.time_limit_s
+        left = None if limit is None else limit - (monotonic() - self.began)
+        return replace(self.options, time_limit_s=left, least_memory=False)
+
+    def _each(
+        self, function: Callable[[_Call], Trial], calls: Sequence[_Call], what: str
+    ) -> list[Trial]:
+        done = 0
+
+        def tell(_: int, trial: Trial) -> None:
+            nonlocal done
+            done += 1
+            if self.progress is not None:
+                best = f", best {amounts.seconds(self.best_s)}" if isfinite(self.best_s) else ""
+                share = (len(self.settled) + done) / (2 * len(self.candidates))
+                self.progress(f"{what} {shape_text(trial.mesh)}{best}", share)
+
+        return self.spread(function, calls, tell)
+
+
+def shape_text(mesh: LogicalMesh) -> str:
+    """As --shape takes it."""
+    return ",".join(f"{name}={size}" for name, size in mesh.axes)
+
+
+def _bound(call: _Call) -> Trial:
+    try:
+        return replace(call.trial, bound_s=surrogate_bound(call.model, call.trial.mesh))
+    except PinError as error:
+        return replace(call.trial, outcome=IMPOSSIBLE, bound_s=inf, explanation=(str(error),))
+
+
+def _plan(call: _Call) -> Trial:
+    try:
+        result = plan_model(call.model, call.trial.mesh, call.options)
+    except Infeasible as error:
+        return _told(call.trial, TOO_LARGE, error.result, error.explanation)
+    except NothingFits:
+        return replace(call.trial, outcome=TOO_LARGE)
+    except Unsolved as error:
+        return replace(call.trial, outcome=UNSOLVED, explanation=(str(error),))
+    return _told(call.trial, FITS, result)
+
+
+def _told(trial: Trial, outcome: str, result: Result, explanation: tuple[str, ...] = ()) -> Trial:
+    """What goes back to the caller's process: the plan and its figures, not its program."""
+    return replace(
+        trial, outcome=outcome, step_time_s=result.timing.step_time_s,
+        peak_bytes=result.memory.peak_bytes, plan=result.plan, explanation=explanation,
+    )  # fmt: skip
