@@ -45,7 +45,7 @@ def simulate_run(run: Run) -> Result:
     model = load(run)
     if model.mesh is None or not isinstance(model.shape, dict):
         raise InputError(f"{run.id}: its model needs a mesh with a shape")
-    topology = _topology(model.mesh, run.eager, run.network_bytes_per_s)
+    topology = _topology(model.mesh, run.eager, run.blocking, run.network_bytes_per_s)
     mesh = meshes.logical(topology, dict(model.shape), model.layout)
     if run.layout is None:
         return _planned(model, mesh)
@@ -102,8 +102,10 @@ def load(run: Run) -> Model:
 
 
 @lru_cache(maxsize=64)
-def _topology(name: str, eager: bool, network_bytes_per_s: float | None) -> Topology:
-    """The machine; for eager frameworks with the host's time to issue an instruction."""
+def _topology(
+    name: str, eager: bool, blocking: bool, network_bytes_per_s: float | None
+) -> Topology:
+    """The machine, as the software of the run used it."""
     topology = meshes.resolve(name)
     if network_bytes_per_s is not None:
         links = tuple(
@@ -111,8 +113,9 @@ def _topology(name: str, eager: bool, network_bytes_per_s: float | None) -> Topo
             for link in topology.links
         )
         topology = replace(topology, links=links)
-    if not eager:
-        return topology
     chip = topology.chip
-    dispatch_s = efficiency(chip.efficiency).eager_dispatch_s
-    return replace(topology, chip=replace(chip, dispatch_s=dispatch_s))
+    if eager:
+        chip = replace(chip, dispatch_s=efficiency(chip.efficiency).eager_dispatch_s)
+    if blocking:
+        chip = replace(chip, overlap=frozenset())
+    return replace(topology, chip=chip)

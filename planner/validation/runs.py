@@ -36,6 +36,7 @@ class Run:
     only its name. `layout`: None for one that the planner chooses, PUBLISHED for the annotation
     that the zoo has of its source. `group`: runs that
     differ only in how they are parallelised, among which a planner chooses.
+    `blocking`: the software of the run did not communicate beside computing.
     `network_bytes_per_s`: of one device between nodes, if not as in the catalogue."""
 
     id: str
@@ -47,6 +48,7 @@ class Run:
     eager: bool = False
     group: str = ""
     network_bytes_per_s: float | None = None
+    blocking: bool = False
     notes: str = ""
 
 

@@ -64,6 +64,7 @@ class RunFields(_Strict):
     eager: bool = False
     group: str = ""
     network_bytes_per_s: _Positive | None = None
+    blocking: bool = False
     notes: str = ""
 
 
@@ -121,7 +122,7 @@ def _run(run: RunFields, suite: SuiteFields, file: str) -> Run:
     return Run(
         run.id, run.name or run.id, suite.sources.get(run.source, run.source), run.model,
         _layout(run, suite, file), measured, run.eager, run.group, run.network_bytes_per_s,
-        run.notes,
+        run.blocking, run.notes,
     )  # fmt: skip
 
 

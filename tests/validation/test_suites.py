@@ -1,4 +1,4 @@
-"""Suites as files: what ships can be read, wrong files say where, rows of vTrain mean what they say."""
+"""Suites as files: what ships can be read, wrong files say where, rows mean what they say."""
 
 from __future__ import annotations
 
