@@ -101,14 +101,14 @@ def _amount(figure: str, value: float) -> str:
 
 def _scores(scores: Sequence[tuple[str, Score]]) -> Table:
     columns = ("half", "runs", "mean error", "median", "max", "bias", "tau", "regret", "max regret",
-               "out of memory")  # fmt: skip
+               "in range", "out of memory")  # fmt: skip
     found = table(*columns, right=columns[1:])
     for half, s in scores:
         memory = f"{s.right_memory_verdicts} of {s.memory_verdicts}" if s.memory_verdicts else ""
         found.add_row(
             half, str(s.rows), _share(s.mean_abs_error), _share(s.median_abs_error),
             _share(s.max_abs_error), _share(s.bias), _number(s.kendall_tau),
-            _share(s.mean_regret), _share(s.max_regret), memory,
+            _share(s.mean_regret), _share(s.max_regret), _share(s.coverage), memory,
         )  # fmt: skip
     return found
 

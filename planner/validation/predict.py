@@ -38,6 +38,7 @@ class Prediction:
     hfu: float
     peak_bytes: int
     fits: bool
+    step_time_range_s: tuple[float, float] | None = None
 
 
 def simulate_run(run: Run) -> Result:
@@ -70,7 +71,7 @@ def predict(run: Run) -> Prediction:
     result = simulate_run(run)
     return Prediction(
         result.timing.step_time_s, result.mfu, result.hfu, result.memory.peak_bytes,
-        result.memory.peak_bytes <= result.limit_bytes,
+        result.memory.peak_bytes <= result.limit_bytes, result.step_time_range_s,
     )  # fmt: skip
 
 

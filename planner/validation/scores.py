@@ -51,6 +51,15 @@ class Row:
         return self.value - self.measured if self.figure in ("mfu", "hfu") else None
 
     @property
+    def covered(self) -> bool | None:
+        """Whether the measured step time is in the predicted range; None without either."""
+        found = self.predicted.step_time_range_s
+        if found is None or self.error is None:
+            return None
+        measured_s = self.predicted.step_time_s / (1 + self.error)
+        return found[0] <= measured_s <= found[1]
+
+    @property
     def half(self) -> str:
         return half(self.run.id)
 
@@ -59,6 +68,7 @@ class Row:
 class Score:
     """Of the step times of some rows. Kendall's tau and regret are of groups of several runs; of
     a group, regret is the measured time of the predicted best over the measured best, minus one.
+    `coverage`: the share of runs whose measured step time is in the predicted range.
     `memory_verdicts`: runs that were out of memory, and those of which that was predicted."""
 
     rows: int
@@ -69,6 +79,7 @@ class Score:
     kendall_tau: float | None
     mean_regret: float | None
     max_regret: float | None
+    coverage: float | None
     memory_verdicts: int
     right_memory_verdicts: int
 
@@ -80,11 +91,12 @@ def score(rows: Sequence[Row]) -> Score:
     groups = _groups(timed)
     taus = [t for t in (kendall_tau(g) for g in groups) if t is not None]
     regrets = [regret(g) for g in groups]
+    covered = [float(r.covered) for r in rows if r.covered is not None]
     verdicts = [r for r in rows if r.run.measured.out_of_memory]
     return Score(
         len(rows), _mean(sizes), median(sizes) if sizes else None, max(sizes, default=None),
-        _mean(errors), _mean(taus), _mean(regrets), max(regrets, default=None), len(verdicts),
-        sum(not r.predicted.fits for r in verdicts),
+        _mean(errors), _mean(taus), _mean(regrets), max(regrets, default=None), _mean(covered),
+        len(verdicts), sum(not r.predicted.fits for r in verdicts),
     )  # fmt: skip
 
 
