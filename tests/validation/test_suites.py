@@ -46,6 +46,20 @@ def test_a_suite_of_ones_own() -> None:
     assert result.specs["layers.q"].axes == ("x",)
 
 
+def test_a_run_is_simulated_with_the_software_it_had() -> None:
+    """Op by op the host is a bound; without overlap or with a slow network a step takes longer."""
+    text = SUITE.replace("1x2", "2x1").replace("d_model: 64", "d_model: 1024")
+
+    def seconds(extra: str) -> float:
+        suite = suitefile.from_text(text.replace("    measured", f"{extra}    measured"), "m", "m")
+        return simulate_run(suite.runs[0]).timing.step_time_s
+
+    plain = seconds("")
+    assert seconds("    eager: true\n") > plain
+    assert seconds("    blocking: true\n") > plain
+    assert seconds("    network_bytes_per_s: 1e9\n") > plain
+
+
 @pytest.mark.parametrize(
     ("old", "new", "message"),
     [
