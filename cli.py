@@ -413,6 +413,52 @@ def solve(
 
 
 @cli.command()
+@click.option("--suite", "suites", multiple=True, metavar="NAME|FILE",
+              help="Only these runs: a suite that ships, or a file (YAML, or CSV of vTrain).")
+@click.option("--max-error", type=FRACTION, metavar="8%",
+              help="Exit 1 if a suite's mean error is larger.")
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text",
+              help="What to print.")
+@common
+def validate(
+    suites: tuple[str, ...], max_error: float | None, form: str, quiet: bool, color: str
+) -> int:
+    """Simulates published runs as they were made, and compares with what was measured."""
+    from planner.report import validation
+    from planner.report.console import Screen
+    from planner.validation.scores import validate
+
+    screen = Screen(quiet, color)
+    with screen.progress() as progress:
+        results = validate(suites, progress)
+    validation.show(screen, results, form)
+    return OK if validation.within(screen, results, max_error) else NO
+
+
+@cli.command()
+@click.argument("measured", type=click.Path(path_type=Path), metavar="CSV")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, metavar="CHIP",
+              help="The machine file to write, for --mesh.")
+@click.option("--mesh", required=True, metavar="NAME", help="The machine that was measured.")
+@click.option("--force", is_flag=True, help="Replace a file of other origin too.")
+@common
+def calibrate(
+    measured: Path, output: Path, mesh: str, force: bool, quiet: bool, color: str
+) -> int:
+    """Fits efficiencies to CSV, measured kernels of one's own, and writes a machine file."""
+    from planner.calibration import fit_file
+    from planner.export import files
+    from planner.report.console import Screen
+
+    screen = Screen(quiet, color)
+    found = fit_file(measured, mesh)
+    files.write_file(output, found.machine(), force)
+    screen.data(found.report())
+    screen.remark(f"wrote {output}")
+    return OK
+
+
+@cli.command()
 @click.argument("kind", default="decoder")
 @common
 def init(kind: str, quiet: bool, color: str) -> int:

@@ -10,7 +10,8 @@ that is `drain`, about the time to fill the on-chip memory once.
 
 Matmuls, GPU (multiprocessors). The result is cut in tiles, tiles run in waves of one per
 multiprocessor, the last wave is as long as a full one; the best of a few tile sizes and
-splits of the contracted dimension is taken, as vendor libraries do:
+splits of the contracted dimension is taken, as vendor libraries do. A tile takes the time of its
+contracted length and of a fixed length more, for filling and draining:
 
     seconds = launch + max(waves * tile time + adding up the splits, HBM traffic)
 
@@ -22,6 +23,8 @@ The parameters are in data/<chip.efficiency>.yaml, with what they were fitted to
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -45,6 +48,8 @@ class Efficiency:
     result_s: seconds per result element, by bytes of an element.
     stream: fraction of HBM bytes/s of element-wise passes, by bytes of an element.
     tiles: (m, n, fraction of a multiprocessor's peak), GPUs only.
+    fill: filling and draining a tile, in units of contracted length, GPUs only.
+    eager_dispatch_s: Chip.dispatch_s of a machine whose framework issues op by op.
     """
 
     compute: float
@@ -56,6 +61,8 @@ class Efficiency:
     stream: tuple[tuple[int, float], ...]
     tiles: tuple[tuple[int, int, float], ...]
     splits: tuple[int, ...]
+    fill: float = 0.0
+    eager_dispatch_s: float = 0.0
 
 
 def matmul_seconds(
@@ -114,10 +121,16 @@ def stream_seconds(
     `dtype` is that of the arrays: chips whose vector unit is 32 bits wide lose time on
     widening and narrowing. Zero if there is nothing to do. Raises ValueError for negatives.
     """
+    return stream_with(efficiency(chip.efficiency), chip, bytes, flops, dtype=dtype)
+
+
+def stream_with(
+    table: Efficiency, chip: Chip, bytes: ArrayLike, flops: ArrayLike = 0.0, *, dtype: str
+) -> float | np.ndarray:
+    """stream_seconds with another table than the chip's own: what a fit varies."""
     moved, work = np.broadcast_arrays(np.asarray(bytes, float), np.asarray(flops, float))
     if np.any(moved < 0) or np.any(work < 0):
         raise ValueError("bytes and flops must not be negative")
-    table = efficiency(chip.efficiency)
     rate = chip.hbm_bytes_per_s * _by_item(table.stream, _item_bytes(dtype))
     busy = np.maximum(moved / rate, work / chip.vector_flops)
     start = chip.launch_s + table.stream_overhead_s
@@ -164,7 +177,7 @@ def _tiled(
     for tile_m, tile_n, fraction in table.tiles:
         count = b * np.ceil(m / tile_m) * np.ceil(n / tile_n)
         for split in table.splits:
-            depth = np.ceil(k / split / step) * step
+            depth = np.ceil(k / split / step) * step + table.fill
             tile_s = 2 * tile_m * tile_n * depth * units / (peak * fraction * table.compute)
             # Every split writes partial sums in f32 and one pass reads them all.
             adding = 8 * split * b * m * n / chip.hbm_bytes_per_s if split > 1 else 0.0
@@ -189,11 +202,23 @@ def _by_item(rows: tuple[tuple[int, float], ...], item: int) -> float:
 
 @cache
 def efficiency(name: str) -> Efficiency:
-    """Fitted table `name` of costmodels/data; ValueError if there is none."""
+    """The table that a chip names: one of costmodels/data, or one written out as JSON.
+
+    ValueError if there is none of that name, or if the JSON is no table.
+    """
+    if name.startswith("{"):
+        try:
+            return from_data(json.loads(name))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"efficiency is no table of a chip: {error!r}") from None
     path = files("costmodels") / "data" / f"{name}.yaml"
     if not path.is_file():
         raise ValueError(f"no fitted efficiency table {name!r} in costmodels/data")
-    data: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return from_data(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
+def from_data(data: Mapping[str, Any]) -> Efficiency:
+    """A table as YAML or JSON holds it; widths of types may be text, as JSON has them."""
     return Efficiency(
         compute=float(data["compute"]),
         memory=float(data["memory"]),
@@ -204,8 +229,22 @@ def efficiency(name: str) -> Efficiency:
         stream=_table(data["stream"]),
         tiles=tuple((int(m), int(n), float(e)) for m, n, e in data.get("tiles", ())),
         splits=tuple(data.get("splits", (1,))),
+        fill=float(data.get("fill", 0)),
+        eager_dispatch_s=float(data.get("eager_dispatch_s", 0)),
     )
 
 
-def _table(rows: dict[int, Any]) -> tuple[tuple[int, float], ...]:
+def to_data(table: Efficiency) -> dict[str, Any]:
+    """What `from_data` reads."""
+    return {
+        "compute": table.compute, "memory": table.memory, "overhead_s": table.overhead_s,
+        "stream_overhead_s": table.stream_overhead_s, "drain_s": table.drain_s,
+        "result_s": {str(width): value for width, value in table.result_s},
+        "stream": {str(width): value for width, value in table.stream},
+        "tiles": [list(tile) for tile in table.tiles], "splits": list(table.splits),
+        "fill": table.fill, "eager_dispatch_s": table.eager_dispatch_s,
+    }  # fmt: skip
+
+
+def _table(rows: Mapping[Any, Any]) -> tuple[tuple[int, float], ...]:
     return tuple(sorted((int(width), float(value)) for width, value in rows.items()))

@@ -12,8 +12,12 @@ in whole femtoseconds, so states compare exactly. Nothing is in flight at the ed
 
     step_time_s = compute_s + exposed_communication_s + bubble_s
 
-compute_s is the time in which the compute stream works, exposed_communication_s the time in
-which it waits for the network. Only pipelines have bubbles (see `pipeline_time`).
+Where a framework issues op by op, `chip.dispatch_s` is the time the host takes for each: nothing
+starts before it is issued, and the host runs ahead by at most QUEUE instructions.
+
+compute_s is the time in which the compute stream works or waits for the host,
+exposed_communication_s the time in which it waits for the network. Only pipelines have bubbles
+(see `pipeline_time`).
 """
 
 from __future__ import annotations
@@ -39,6 +43,9 @@ from costmodels.program import Collective, LoopStep, Program
 from meshes import LogicalMesh
 
 _NEVER = 2**200  # later than any time
+# CUDA streams queue about a thousand launches; what matters is that a stretch of small kernels is
+# bound by the host and one of large kernels is not: more than one layer, to level out within it.
+QUEUE = 256
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ def simulate(
         return _serial(program, mesh)
     layout = lay_out(program, mesh)
     windows = open_windows(program, layout) if overlap is None else overlap
-    return _Simulation(program, layout, windows, trace).run()
+    return _Simulation(program, layout, windows, trace, mesh.chip.dispatch_s).run()
 
 
 def _serial(program: Program, mesh: LogicalMesh) -> Timing:
@@ -124,9 +131,13 @@ class _Points:
 
 
 class _Simulation:
-    def __init__(self, program: Program, layout: Layout, overlap: Overlap, trace: bool) -> None:
+    def __init__(
+        self, program: Program, layout: Layout, overlap: Overlap, trace: bool, dispatch_s: float
+    ) -> None:
         self.program = program
         self.layout = layout
+        self.dispatch = round(dispatch_s * UNITS_PER_S)
+        self.host = 0  # when the last instruction was issued
         self.compute = 0
         self.network = 0
         self.busy = 0
@@ -266,9 +277,10 @@ class _Simulation:
             for item, _ in items
         ]
         unfinished = tuple(time if time == _NEVER else ahead(time) for time in old)
+        behind = min(now - self.host, QUEUE * self.dispatch)
         return (
-            ahead(self.network), before is None, tuple(sorted(pending)), tuple(known), unfinished,
-            tuple(sorted(waiting)),
+            behind, ahead(self.network), before is None, tuple(sorted(pending)), tuple(known),
+            unfinished, tuple(sorted(waiting)),
         )  # fmt: skip
 
     def _skip(
@@ -298,8 +310,10 @@ class _Simulation:
             start = self.compute
             for buffer in item.ins:
                 start = max(start, self._ready(buffer, scope))
+            issued = self._issued(item)
+            self.busy += item.units + max(0, issued - start)
+            start = max(start, issued)
             self.compute = start + item.units
-            self.busy += item.units
             if self.trace:
                 self._record_item(item, "compute", start)
             self._made(item, self.compute, scope)
@@ -310,6 +324,9 @@ class _Simulation:
 
     def _block(self, item: Item, scope: _Scope) -> None:
         arrival = max(self.compute, self._ready(item.ins[0], scope))
+        issued = self._issued(item)
+        self.busy += max(0, issued - arrival)
+        arrival = max(arrival, issued)
         self._advance(arrival)
         start = max(arrival, self.network)
         self.compute = self.network = start + item.units
@@ -320,11 +337,18 @@ class _Simulation:
     def _issue(self, item: Item, scope: _Scope) -> None:
         """From now on `item` may start, once its operand is ready."""
         source = item.ins[0]
+        issued = max(self.compute, self._issued(item))
         time = self._known(source, scope)
         if time is None:
-            scope.waiting.setdefault(source, []).append((item, self.compute))
+            scope.waiting.setdefault(source, []).append((item, issued))
         else:
-            self._arrive(item, time, self.compute, scope)
+            self._arrive(item, time, issued, scope)
+
+    def _issued(self, item: Item) -> int:
+        """When the host has issued `item`: instructions that cost nothing are never issued."""
+        if self.dispatch and item.units:
+            self.host = max(self.host, self.compute - QUEUE * self.dispatch) + self.dispatch
+        return self.host
 
     def _arrive(self, item: Item, ready: int, issued: int, scope: _Scope) -> None:
         if item.kind == ASYNC:

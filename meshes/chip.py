@@ -45,7 +45,8 @@ class Chip:
 
     `overlap` names the collective kinds that run asynchronously beside compute.
     `efficiency` names the fitted table of costmodels that belongs to the chip.
-    `device_kind` is what JAX reports for it.
+    `device_kind` is what JAX reports for it. `dispatch_s`: time of the host to issue one kernel
+    or collective where a framework does so op by op; 0 for programs compiled as a whole.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Chip:
     matrix_unit: MatrixUnit
     efficiency: str
     overlap: frozenset[str]
+    dispatch_s: float = 0.0
 
     def peak_flops(self, dtype: str = "bf16") -> float:
         """Dense matmul peak of one device in FLOP/s, 2 per multiply-add.

@@ -9,7 +9,7 @@ from meshes.topology import KINDS, Dimension
 CHIP_KEYS = (
     "name", "family", "device_kind", "devices_per_chip", "peak_flops", "hbm_bytes", "usable_bytes",
     "hbm_bytes_per_s", "vector_flops", "clock_hz", "launch_s", "matrix_unit", "efficiency",
-    "overlap",
+    "overlap", "dispatch_s",
 )  # fmt: skip
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 DIMENSION_KEYS = ("name", "size", "kind", "bytes_per_s", "latency_s", "curve")
@@ -48,6 +48,7 @@ def read_chip(section: Section, name: str, base: Chip | None = None) -> Chip:
         matrix_unit=_matrix_unit(section, per, base),
         efficiency=section.text("efficiency", base.efficiency if base else None),
         overlap=_overlap(section, base),
+        dispatch_s=section.number("dispatch_s", base.dispatch_s if base else 0.0),
     )
 
 

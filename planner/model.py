@@ -13,7 +13,8 @@ from planner.graph.core import Graph
 OPTIMIZERS = ("sgd", "momentum", "adam", "adamw", "adafactor")
 AUTO = "auto"
 FIXED_POLICIES = ("none", "full", "dots", "attention")
-REMAT_POLICIES = (*FIXED_POLICIES, AUTO)
+REMAT_POLICIES = (*FIXED_POLICIES, "checkpoint", AUTO)
+RECOMPUTES_ALL = ("full", "checkpoint")
 
 SHOWN = 6  # saved values that a report names
 
@@ -34,6 +35,8 @@ class Training:
     compute: str = "bf16"
     params: str = "f32"
     states: str = "f32"
+    master: bool = False
+    gradients: str = "f32"
     remat: Remat = "full"
     accumulation_steps: int = 1
     pipeline_microbatches: int = 1

@@ -41,6 +41,8 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
         shape = tensor.shape[stacked:] if tensor.role == "parameter" else tensor.shape
         _check(name, spec, shape, sizes)
+        # Axes of size 1 split nothing: the specs of choices have none.
+        spec = Spec(tuple(tuple(a for a in d if sizes[a] > 1) for d in spec.dims))
         pins[name] = spec
         if tensor.role == "parameter":
             continue

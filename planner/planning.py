@@ -6,7 +6,7 @@ memory constraints added where the lowered program exceeds the limit, simulate w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, sqrt
@@ -23,7 +23,7 @@ from planner.graph.flops import count_flops
 from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
-from planner.model import Model
+from planner.model import RECOMPUTES_ALL, Model
 from planner.pins import Annotation, part_copies, pinned_specs
 from planner.plan import Plan, Proof
 from planner.progress import Progress
@@ -107,15 +107,19 @@ def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
 
 
 def price_annotations(
-    model: Model, mesh: LogicalMesh, annotation: Annotation, options: Options | None = None
-) -> Result:
+    model: Model, mesh: LogicalMesh, annotation: Annotation, options: Options | None = None,
+    as_laid: Collection[str] = (),
+) -> Result:  # fmt: skip
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
     Tensors that the annotation leaves open get what the surrogate finds cheapest, within the
-    memory if that is possible. Raises PinError.
+    memory if that is possible. Annotated tensors in `as_laid` (and their cotangents and
+    recomputations) are read as they lie, even where resharding them first would be cheaper: what
+    programs written by hand do. Raises PinError, and Unsatisfiable if no op can read them so.
     """
     options = replace(options or Options(), least_memory=False)
-    return _planning(model, mesh, options, annotation, given=True).completed()
+    planning = _planning(model, mesh, options, annotation, given=True, as_laid=as_laid)
+    return planning.completed()
 
 
 def reprice(
@@ -133,19 +137,19 @@ def reprice(
 
 def _planning(
     model: Model, mesh: LogicalMesh, options: Options | None, annotation: Annotation,
-    progress: Progress | None = None, given: bool = False,
+    progress: Progress | None = None, given: bool = False, as_laid: Collection[str] = (),
 ) -> Planning | PipelinePlanning:  # fmt: skip
     """How a model is planned: in stages if its pipeline has several."""
-    options, pipeline = options or Options(), model.pipeline
+    options, pipeline, laid = options or Options(), model.pipeline, frozenset(as_laid)
     if pipeline is None or dict(mesh.axes).get(pipeline.axis) == 1:
-        return Planning(model, mesh, options, annotation, progress, given)
+        return Planning(model, mesh, options, annotation, progress, given, laid)
     if not pipeline.inside:
         from planner.pipelining.stacked_planning import StackedPlanning  # a kind of Planning
 
-        return StackedPlanning(model, mesh, options, annotation, progress, given)
+        return StackedPlanning(model, mesh, options, annotation, progress, given, laid)
     from planner.pipelining.planning import PipelinePlanning  # it plans stages with Planning
 
-    return PipelinePlanning(model, mesh, options, annotation, progress, given)
+    return PipelinePlanning(model, mesh, options, annotation, progress, given, laid)
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class Planning:
     annotation: Annotation
     progress: Progress | None
     given: bool = False  # the annotation says how the step runs, not what it may not do
+    as_laid: frozenset[str] = frozenset()  # annotated tensors that are read as they lie
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
@@ -199,7 +204,9 @@ class Planning:
     @cached_property
     def space(self) -> Space:
         self.say("pricing choices")
-        return Space(self.flow, self.mesh, self.home_seconds(), self.check_time)
+        rigid = {n: axes for n, axes in self.annotation.items() if n in self.as_laid}
+        as_laid = pinned_specs(self.graph, rigid, dict(self.mesh.axes))
+        return Space(self.flow, self.mesh, self.home_seconds(), as_laid, self.check_time)
 
     def home_seconds(self) -> HomeSeconds | None:
         """What homes cost by themselves: nothing."""
@@ -442,7 +449,7 @@ def explain(result: Result) -> tuple[str, ...]:
     )
     relax = ["more devices"]
     if memory.parts["activations"] + memory.parts["temporaries"] > memory.peak_bytes / 4:
-        if training.remat != "full":
+        if training.remat not in RECOMPUTES_ALL:
             relax.append("training.remat: full")
         relax.append("a smaller training.batch, or more training.accumulation_steps")
     if memory.parts["optimizer"] > memory.peak_bytes / 4 and training.optimizer != "adafactor":

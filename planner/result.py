@@ -12,6 +12,7 @@ from costmodels.memory import Memory
 from costmodels.pipeline import PipelineProgram
 from costmodels.program import Program
 from costmodels.simulate import Timing
+from costmodels.spread import spread
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.flops import FlopCount
@@ -63,6 +64,14 @@ class Result:
     def hfu(self) -> float:
         """The same with the work that the schedule adds (recomputation, dispatch)."""
         return self.flops.hardware / self._capacity
+
+    @property
+    def step_time_range_s(self) -> tuple[float, float] | None:
+        """Where four of five measured steps would lie; None if nobody has compared this chip."""
+        found = spread(self.mesh.chip.efficiency)
+        if found is None:
+            return None
+        return self.timing.step_time_s * found[0], self.timing.step_time_s * found[1]
 
     @property
     def tokens_per_s(self) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from planner.export.jax_ops import OpText, reads, statements
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
-from planner.model import Remat
+from planner.model import RECOMPUTES_ALL, Remat
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
@@ -163,7 +163,7 @@ class LossWriter:
     def _decorator(self) -> list[str]:
         if self.remat == "none":
             return []
-        if not self.chooses:
+        if self.remat in RECOMPUTES_ALL:
             return ["@partial(jax.checkpoint, prevent_cse=False)"]
         return ["@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"]
 

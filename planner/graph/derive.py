@@ -17,7 +17,7 @@ from planner.graph.core import Carry, Graph, Loop, Node, Op, Stack, Tensor
 from planner.graph.fuse import fuse_graph, fuse_nodes
 from planner.graph.optimizers import update
 from planner.graph.vjp import VJPS, add_up
-from planner.model import AUTO, Model, Training
+from planner.model import AUTO, RECOMPUTES_ALL, Model, Training
 
 AGAIN = "~"  # suffix of a recomputed tensor
 
@@ -98,7 +98,9 @@ def piece_step(
     whole = {*keep, *(cotangents[t] for t in keep if t in cotangents)}
     if looped:
         writes = [_declare_sent(outer, scope.lookup(name), steps) for name in sent]
-        loss, gradients = _close_accumulation(outer, scope, loss, gradients, steps, whole, writes)
+        loss, gradients = _close_accumulation(
+            outer, scope, loss, gradients, settings, whole, writes
+        )
     outer.phase = "update"
     given = [gradients[p] for p in edge.shared]
     for name, others in edge.shared.items():
@@ -158,24 +160,26 @@ def _declare_accumulated_input(outer: Builder, scope: Builder, t: Tensor, steps:
 
 
 def _close_accumulation(
-    outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], steps: int,
+    outer: Builder, scope: Builder, loss: str, gradients: Mapping[str, str], settings: Training,
     keep: Collection[str], writes: Sequence[Stack],
 ) -> tuple[str, dict[str, str]]:  # fmt: skip
     """Gradients (and the loss) become carried sums over the microbatches, then means."""
     carries = []
+    steps = settings.parts
     for name in (*([loss] if loss else ()), *gradients.values()):
         # Partial sums may add up too: the reduction over devices comes after the last part.
-        tensor = replace(scope.lookup(name), role="gradient")
+        dtype = "f32" if name == loss else settings.gradients
+        tensor = replace(scope.lookup(name), role="gradient", dtype=dtype)
         zero = outer.map(
-            f"{name}.zero", [], tensor.dims, ex.c(0), dtype="f32",
+            f"{name}.zero", [], tensor.dims, ex.c(0), dtype=dtype,
             sizes=dict(zip(tensor.dims, tensor.shape, strict=True)), attrs={"written": True},
             roles=["gradient"],
         )  # fmt: skip
-        entry = scope.declare(replace(tensor, name=scope.unique(f"{name}.acc"), dtype="f32"))
+        entry = scope.declare(replace(tensor, name=scope.unique(f"{name}.acc")))
         value = ex.add(ex.x(0), ex.div(ex.x(1), ex.c(steps)))
         exit_ = scope.map(
             f"{name}.sum", [(entry, tensor.dims), (name, tensor.dims)], tensor.dims, value,
-            dtype="f32",
+            dtype=dtype,
         )  # fmt: skip
         carries.append((zero, entry, exit_))
     carried = {n for _, entry, exit_ in carries for n in (entry, exit_)}
@@ -500,6 +504,8 @@ class Saved:
         cheap = self._parameter_only(slices)
         made = {o for n in nodes for o in n.outs}
         pending = [i for n in nodes for i in n.ins if i not in made]
+        if self.inner.policy == "checkpoint":  # even what the backward pass does not need
+            pending += [k.exit for k in self.loop.carries]
         needed: set[str] = set()
         reads: dict[str, Stack] = {}
         rename: dict[str, str] = {}
@@ -563,7 +569,8 @@ class Saved:
         if self.loop.name == TICKS:
             return True  # its microbatches recompute layer by layer
         if isinstance(producer, Loop):
-            return policy != "full"  # what an inner loop saves or results in is not redone
+            # What an inner loop saves or results in is not redone.
+            return policy not in RECOMPUTES_ALL
         if policy == "dots":
             return contraction_sizes(producer) is not None and any(i in cheap for i in producer.ins)
         if policy == "attention":

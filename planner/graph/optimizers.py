@@ -13,6 +13,7 @@ from planner.model import Training
 
 RATE = 1e-2  # any value: the plan does not depend on it
 BETA1, BETA2, EPSILON, DECAY = 0.9, 0.99, 1e-8, 1e-2  # Kingma & Ba 2015; Loshchilov & Hutter 2019
+MASTER = "f32"  # type of master copies, Micikevicius et al. 2018
 CLIP = 1.0  # Adafactor's update clipping threshold d, Shazeer & Stern 2018, section 6
 FACTORED_MIN = 128  # second moments are factored if two dimensions have at least this size (ibid.)
 
@@ -23,7 +24,15 @@ def update(b: Builder, training: Training, parameter: str, gradient: str) -> dic
         "sgd": _sgd, "momentum": _momentum, "adam": _adam, "adamw": _adamw,
         "adafactor": _adafactor,
     }  # fmt: skip
-    return rules[training.optimizer](b, training, b.lookup(parameter), gradient)
+    rule, p = rules[training.optimizer], b.lookup(parameter)
+    if not training.master or p.dtype == MASTER:
+        return rule(b, training, p, gradient)
+    master = _state(b, f"{p.name}.master", p, MASTER, p.dims)
+    aliases = rule(b, training, b.lookup(master), gradient)
+    moved = next(new for new, old in aliases.items() if old == master)
+    return {**aliases, _new(
+        b, p.name, p.dims, [moved], {f"{p.name}.new": ex.x(0)}, [p.dtype], [p.role]
+    )[0]: p.name}  # fmt: skip
 
 
 def _state(b: Builder, name: str, like: Tensor, dtype: str, dims: tuple[str, ...]) -> str:
@@ -46,7 +55,7 @@ def _new(b: Builder, name: str, dims: tuple[str, ...], operands: list[str], valu
 
 def _sgd(b: Builder, t: Training, p: Tensor, g: str) -> dict[str, str]:
     value = ex.sub(ex.x(0), ex.mul(ex.c(RATE), ex.x(1)))
-    new = _new(b, p.name, p.dims, [p.name, g], {f"{p.name}.new": value}, [p.dtype], ["parameter"])
+    new = _new(b, p.name, p.dims, [p.name, g], {f"{p.name}.new": value}, [p.dtype], [p.role])
     return {new[0]: p.name}
 
 
@@ -57,7 +66,7 @@ def _momentum(b: Builder, t: Training, p: Tensor, g: str) -> dict[str, str]:
         f"{p.name}.new": ex.sub(ex.x(0), ex.mul(ex.c(RATE), moment)),
         f"{p.name}.m.new": moment,
     }
-    dtypes, roles = [p.dtype, t.states], ["parameter", "state"]
+    dtypes, roles = [p.dtype, t.states], [p.role, "state"]
     new = _new(b, p.name, p.dims, [p.name, g, m], values, dtypes, roles)
     return {new[0]: p.name, new[1]: m}
 
@@ -75,7 +84,7 @@ def _adam(b: Builder, t: Training, p: Tensor, g: str, decay: float = 0.0) -> dic
         f"{p.name}.m.new": first,
         f"{p.name}.v.new": second,
     }
-    roles = ["parameter", "state", "state"]
+    roles = [p.role, "state", "state"]
     new = _new(b, p.name, p.dims, [p.name, g, m, v], values, [p.dtype, t.states, t.states], roles)
     return {new[0]: p.name, new[1]: m, new[2]: v}
 
@@ -149,7 +158,7 @@ def _adafactor(b: Builder, t: Training, p: Tensor, g: str) -> dict[str, str]:
     moved = ex.sub(ex.x(len(operands)), ex.mul(ex.c(RATE), ex.div(unit, clip)))
     new = b.map(
         f"{p.name}.new", [*operands, (p.name, p.dims), (rms, own)], p.dims, moved,
-        dtype=p.dtype, roles=["parameter"],
+        dtype=p.dtype, roles=[p.role],
     )  # fmt: skip
     aliases[new] = p.name
     return aliases

@@ -109,6 +109,12 @@ class TrainingFields(_Strict):
     )
     params: Literal["f32", "bf16", "f16"] = Field("f32", description="type of stored parameters")
     states: Literal["f32", "bf16"] = Field("f32", description="type of optimizer states")
+    master: bool = Field(
+        Training.master, description="an f32 copy of the parameters among the optimizer states"
+    )
+    gradients: Literal["f32", "bf16", "f16"] = Field(
+        "f32", description="type in which gradients of several parts are added up and reduced"
+    )
     remat: Literal[REMAT_POLICIES] = Field(  # type: ignore[valid-type]
         "full", description="what is recomputed in the backward pass; auto: what is fastest"
     )

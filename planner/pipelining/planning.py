@@ -46,6 +46,7 @@ class PipelinePlanning:
     annotation: Annotation
     progress: Progress | None
     given: bool = False
+    as_laid: frozenset[str] = frozenset()
     graph: Graph = field(init=False)  # the whole step, as if on one device
     clock: Clock = field(init=False)
     unfit: bool = False  # whether a stage was found that fits under no plan
@@ -166,18 +167,24 @@ class PipelinePlanning:
         settling: bool = False,
     ) -> StagePlanning:  # fmt: skip
         """The planning of `piece`, of which a device holds `copies` microbatches."""
-        names = {*piece.graph.all_tensors()}
+        names = {*piece.graph.all_tensors(), *self._states(piece.graph)}
         local = {**{name: name for name in names}, **{v: k for k, v in piece.received.items()}}
         annotation = {
             name: self.annotation[key] for name, key in local.items() if key in self.annotation
         }
         stage = StagePlanning(
             self.model, self.inner, self.options, annotation, self.progress, self.given,
-            piece=piece, whole=self.mesh, axis=self.pipeline.axis, crossing=settled, copies=copies,
-            chunks=self.pipeline.interleave, settling=settling,
+            self.as_laid, piece=piece, whole=self.mesh, axis=self.pipeline.axis, crossing=settled,
+            copies=copies, chunks=self.pipeline.interleave, settling=settling,
         )  # fmt: skip
         stage.clock = self.clock
         return stage
+
+    def _states(self, piece: Graph) -> set[str]:
+        """Annotated optimizer states of the parameters of a piece."""
+        own = tuple(f"{parameter.name}." for parameter in piece.parameters())
+        forward = self.model.graph.all_tensors()
+        return {n for n in self.annotation if n not in forward and n.startswith(own)}
 
     def _say(self, text: str) -> None:
         if self.progress is not None:

@@ -30,7 +30,7 @@ def document(planned: Planned) -> dict[str, Any]:
         "parameters": result.graph.parameter_count,
         "mesh": _mesh(result),
         "solver": _solver(result),
-        "step_time_s": timing.step_time_s,
+        "step_time_s": timing.step_time_s, "step_time_range_s": result.step_time_range_s,
         "tokens_per_s": result.tokens_per_s,
         "utilization": {"mfu": result.mfu, "hfu": result.hfu},
         "flops_per_step": result.flops.model,
@@ -86,6 +86,8 @@ def notes(planned: Planned) -> tuple[str, ...]:
             f"no mesh shape was given: this is the best of {max(1, len(planned.shapes))} automatic "
             "ones; --shape auto tries all"
         )
+    if result.step_time_range_s is None:
+        found.append("step time: no run on this chip has been compared with its prediction")
     published = result.model.published_parameters
     if published is not None:
         off = result.graph.parameter_count / published - 1

@@ -94,11 +94,19 @@ def _verdict(planned: Planned) -> Iterator[Text]:
         for tensor, category, size in memory.largest[:LARGEST_TENSORS]:
             yield Text(f"    {amounts.size(size):>11}  {tensor} ({category.replace('_', ' ')})")
     yield Text(
-        f"step {amounts.seconds(result.timing.step_time_s)}, "
+        f"step {amounts.seconds(result.timing.step_time_s)}{_range(result)}, "
         f"{amounts.count(result.tokens_per_s)} tokens/s; "
         f"utilization: MFU {amounts.share(result.mfu)}, HFU {amounts.share(result.hfu)}"
     )
     yield Text(_proof(result))
+
+
+def _range(result: Result) -> str:
+    """Where four of five measured steps would lie, if known."""
+    if result.step_time_range_s is None:
+        return ""
+    low, high = map(amounts.seconds, result.step_time_range_s)
+    return f" ({low} to {high})"
 
 
 def _proof(result: Result) -> str:

@@ -50,11 +50,13 @@ class Unsatisfiable(ValueError):
 @dataclass
 class Space:
     """The strategies of every node of a flow on a mesh, priced: everything that does not
-    depend on the memory limit. `check` is called between steps and may raise to give up."""
+    depend on the memory limit. `as_laid`: how ops must read some tensors. `check` is called
+    between steps and may raise to give up."""
 
     flow: Flow
     mesh: LogicalMesh
     home_seconds: HomeSeconds | None = None  # what a home costs by itself, if not nothing
+    as_laid: Mapping[str, Spec] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
     resharder: Resharder = field(init=False)
     keys: list[Key] = field(init=False, default_factory=list)
@@ -82,11 +84,21 @@ class Space:
             key: Key = ("op", name)
             if key not in self._costs:
                 self.keys.append(key)
-                self.choices[name] = OpChoices(op, self.mesh.axes).choices
+                self.choices[name] = self._allowed(op)
                 self._costs[key] = np.zeros(len(self.choices[name]))
             self._costs[key] += site.times * choice_seconds(
                 op, self.choices[name], self.tensors, self.mesh
             )
+
+    def _allowed(self, op: Op) -> tuple[Choice, ...]:
+        """The choices that read operands in the specs that `as_laid` demands."""
+        laid = self.as_laid
+        demanded = [(i, laid[name]) for i, name in enumerate(op.ins) if name in laid]
+        found = OpChoices(op, self.mesh.axes).choices
+        found = tuple(c for c in found if all(c.operand(op.rule, i) == s for i, s in demanded))
+        if not found:
+            raise Unsatisfiable(f"'{op.name}' cannot read its operands as they are laid")
+        return found
 
     def _home_nodes(self) -> None:
         for home in self.flow.homes:

@@ -6,7 +6,9 @@ open.
 
 from __future__ import annotations
 
+import json
 from importlib.resources import files
+from typing import Any
 
 _SUFFIX = ".yaml"
 
@@ -22,3 +24,12 @@ def text(name: str) -> str:
     if name not in names():
         raise KeyError(name)
     return (files(__name__) / f"{name}{_SUFFIX}").read_text(encoding="utf-8")
+
+
+def published(name: str) -> dict[str, Any]:
+    """The annotation that the source of model `name` publishes; KeyError if there is none."""
+    path = files(__name__) / "published" / f"{name}.json"
+    if not path.is_file():
+        raise KeyError(name)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_programs import MESHES, Draft, mesh_of, programs
+from small_programs import AXES, MESHES, Draft, mesh_of, programs
 
+import meshes
 from costmodels import simulate as module
 from costmodels.memory import read_memory
 from costmodels.overlap import plan_overlap
@@ -317,3 +319,34 @@ def test_a_trace_names_what_ran_and_folds_what_repeats():
     assert len(names) < 30
     assert simulate(program, mesh, trace=False).events == ()
     check_streams(timing.events, timing.step_time_s)
+
+
+# ---- frameworks that issue op by op --------------------------------------------------------------
+
+
+def dispatched(name: str, dispatch_s: float) -> LogicalMesh:
+    topology = meshes.resolve(name)
+    chip = replace(topology.chip, dispatch_s=dispatch_s)
+    return meshes.logical(replace(topology, chip=chip), dict(AXES))
+
+
+@settings(max_examples=100, deadline=None)
+@given(programs(), st.sampled_from(MESHES), st.floats(1e-9, 1e-3))
+def test_the_host_is_a_bound_and_never_a_help(program, name, dispatch_s):
+    mesh = dispatched(name, dispatch_s)
+    timing, (compute, network) = simulate(program, mesh), seconds(program, mesh)
+    table = prices(mesh)
+    issued = sum(times for i, times in program.instructions() if table.seconds(i) > 0)
+    slack = 1e-9 + sum(times for _, times in program.instructions()) * FEMTO
+    assert timing.step_time_s >= max(compute, network, issued * dispatch_s) - slack
+    assert timing.step_time_s <= compute + network + issued * dispatch_s + slack
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module._Simulation, "_skip", lambda *_: 0)
+        assert simulate(program, mesh) == timing
+
+
+@pytest.mark.parametrize("times", [2, 64])
+def test_small_kernels_take_as_long_as_issuing_them(times):
+    mesh = dispatched(A100, 1e-3)
+    program = weight_layers(times, 1000, gather=4_000_000, work=4e8)
+    assert simulate(program, mesh).step_time_s == pytest.approx(3 * times * 1e-3, rel=0.1)

@@ -78,6 +78,8 @@ def test_policies_save_what_they_say() -> None:
     assert with_weights <= {s.removesuffix(".saved") for s in saved(steps["dots"])}
     assert not recomputed(steps["dots"]) & with_weights
     assert recomputed(steps["attention"]) & inside <= {"layers.attn.scores", "layers.attn.mix"}
+    assert saved(steps["checkpoint"]) == saved(steps["full"])
+    assert recomputed(steps["checkpoint"]) - recomputed(steps["full"]) == {"layers.x", "layers.y"}
     sizes = {p: len(saved(s)) for p, s in steps.items()}
     assert sizes["full"] < sizes["dots"] < sizes["none"]
 

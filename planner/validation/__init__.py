@@ -1,0 +1,1 @@
+"""Published runs through the simulator: what was measured against what is predicted."""

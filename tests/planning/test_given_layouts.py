@@ -1,0 +1,69 @@
+"""Layouts that are given rather than found: read as they lie, gradients added up at home."""
+
+from __future__ import annotations
+
+import pytest
+
+import meshes
+from costmodels.summary import collectives
+from planner.modelfile import load_model
+from planner.planning import price_annotations
+from planner.sharding.formulate import Unsatisfiable
+
+DATA, MODEL = ("data",), ("model",)
+TEXT = """
+training: {batch: B, optimizer: adam, accumulation_steps: 4}
+graph:
+  inputs: {x: "f32[B, D]", y: "f32[B, D]"}
+  params: {w_in: "[D, F]", w_out: "[F, D]"}
+  ops:
+    - h = einsum("B D, D F -> B F", x, w_in)
+    - z = einsum("B F, F D -> B D", relu(h), w_out)
+    - loss = mean(square(z - y))
+dims: {B: 32, D: 256, F: 1024}
+"""
+# Megatron's feed-forward layer: columns, then rows, replicated over data with its optimizer.
+LAYOUT = {
+    "x": (DATA, ()), "h": (DATA, MODEL), "z": (DATA, ()), "w_in": ((), MODEL), "w_out": (MODEL, ()),
+    "w_in.m": ((), MODEL), "w_in.v": ((), MODEL), "w_out.m": (MODEL, ()), "w_out.v": (MODEL, ()),
+}  # fmt: skip
+
+
+def mesh(data: int, model: int) -> meshes.LogicalMesh:
+    topology = meshes.resolve(f"dgx-a100-80gb:1x{data * model}")
+    return meshes.logical(topology, {"data": data, "model": model})
+
+
+def test_gradients_are_added_up_before_they_are_reduced() -> None:
+    given = price_annotations(load_model(TEXT, "mlp"), mesh(4, 2), LAYOUT, as_laid=LAYOUT)
+    over_data = [
+        (row.kind, row.bytes, row.count)
+        for row in collectives(given.program, given.mesh)
+        if row.axes == DATA and row.bytes > 4
+    ]
+    half_of_a_weight = 256 * 1024 // 2 * 4
+    assert over_data == [("all-reduce", half_of_a_weight, 1)] * 2
+    over_model = [r for r in collectives(given.program, given.mesh) if r.axes == MODEL]
+    assert [(r.kind, r.count, r.tensor) for r in over_model] == [("all-reduce", 4, "z")]
+
+
+def test_operands_are_read_as_they_lie() -> None:
+    """Free to choose, products read other slices; as laid, only sums cross the network."""
+    model, on = load_model(TEXT, "mlp"), mesh(4, 2)
+    free = price_annotations(model, on, LAYOUT)
+    given = price_annotations(model, on, LAYOUT, as_laid=LAYOUT)
+    assert {r.kind for r in collectives(given.program, on)} == {"all-reduce"}
+    assert given.plan.proof.objective_s >= free.plan.proof.objective_s
+
+
+def test_an_axis_of_size_one_splits_nothing() -> None:
+    model = load_model(TEXT, "mlp")
+    alone = price_annotations(model, mesh(1, 1), LAYOUT, as_laid=LAYOUT)
+    assert alone.timing.exposed_communication_s == 0
+
+
+def test_a_layout_that_no_op_can_read() -> None:
+    """One axis would split two dimensions of the difference z - y."""
+    impossible = {"z": (DATA, ()), "y": ((), DATA)}
+    with pytest.raises(Unsatisfiable, match="cannot read its operands"):
+        price_annotations(load_model(TEXT, "mlp"), mesh(8, 1), impossible, as_laid=impossible)
