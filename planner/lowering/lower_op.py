@@ -44,8 +44,8 @@ def local_elements(rule: Rule, dims: Dims) -> int:
 def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
     """Bytes through device memory: every operand read and every result written once."""
     rule = op.rule
-    if not op.ins or op.kind == "reshape":
-        return 0.0  # constants fuse into their readers, a reshape is another view
+    if op.kind == "reshape":
+        return 0.0  # another view
     reads = [
         local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
         for t, d in zip(op.ins, rule.ins, strict=True)
