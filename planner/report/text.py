@@ -16,6 +16,7 @@ from costmodels.summary import collectives
 from planner.annotations import Annotated, annotated
 from planner.report import amounts
 from planner.report.document import notes
+from planner.report.patterns import patterns
 from planner.report.tables import table
 from planner.request import Planned, Sensitivity
 from planner.result import Result
@@ -90,6 +91,9 @@ def _verdict(planned: Planned) -> Iterator[Text]:
         f"utilization: MFU {amounts.share(result.mfu)}, HFU {amounts.share(result.hfu)}"
     )
     yield Text(_proof(result))
+    known = patterns(result)
+    if known:
+        yield Text(f"pattern: {', '.join(known)}")
 
 
 def _proof(result: Result) -> str:

@@ -11,9 +11,7 @@ from cli_support import plan
 DOCS = Path(__file__).parents[2] / "docs"
 
 
-def test_feed_forward_on_two_by_two(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_feed_forward_on_two_by_two(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figure = DOCS / "figures" / "feed-forward-2x2.yaml"
     assert plan(capsys, figure, "-o", tmp_path / "out").code == 0
     explained = plan(capsys, "explain", tmp_path / "out")
