@@ -18,6 +18,7 @@ from planner.annotations import Annotated, annotated
 from planner.model import remat_text
 from planner.report import amounts
 from planner.report.document import notes
+from planner.report.patterns import patterns
 from planner.report.tables import table
 from planner.request import Planned, Sensitivity
 from planner.result import Result
@@ -99,6 +100,9 @@ def _verdict(planned: Planned) -> Iterator[Text]:
         f"utilization: MFU {amounts.share(result.mfu)}, HFU {amounts.share(result.hfu)}"
     )
     yield Text(_proof(result))
+    known = patterns(result)
+    if known:
+        yield Text(f"pattern: {', '.join(known)}")
 
 
 def _range(result: Result) -> str:

@@ -324,8 +324,8 @@ class _FlowBuilder:
     ) -> Home:
         home = Home(len(self.flow.homes), name, shape, dtype, lead, partial, category)
         pin = self.pins.get(name)
-        if pin is not None and len(pin.dims) + lead == len(shape):
-            home.pin = Spec(((),) * lead + pin.dims)
+        if pin is not None:  # of a parameter without its stacked dimensions, else of all
+            home.pin = Spec(((),) * (len(shape) - len(pin.dims)) + pin.dims)
         self.flow.homes.append(home)
         return home
 
