@@ -216,8 +216,6 @@ class _Lowering:
         for i, move in enumerate(path):
             last = i == len(path) - 1 and c.kind in ("home", "alias")
             alias = self.donated(c.tensor, move.result) if last else None
-            if move.kind == "mask" and self._zero(c.source):
-                alias = source  # zeros without some of them are the same zeros
             category = "temporaries" if move.kind in FREE else "collective_buffers"
             result = self.buffer(c.tensor, c.shape, c.dtype, move.result, category, alias)
             payload = payload_elements(move, spec, c.shape, self.sizes) * ITEM_BYTES[c.dtype]
@@ -228,10 +226,6 @@ class _Lowering:
             out.append(moved)
             source, spec = result, move.result
         return source
-
-    def _zero(self, place: Place) -> bool:
-        """Whether a place holds what gradients start from."""
-        return place.kind == "result" and "written" in self.flow.sites[place.op].op.attrs
 
     # ---- loops ---------------------------------------------------------------------------
 

@@ -51,8 +51,8 @@ class Conversion:
     """A possible resharding, executed `times` times a step in schedule step `at`.
 
     If the specs differ, extra memory is taken at `at` (intermediates, and what `extra` says:
-    the "result", the "source", or "none"), and during `overlap` (the source's bytes if `extra`
-    is "source", else the result's).
+    the "result", the "source", "both" or "none"), and during `overlap` (the source's bytes if
+    `extra` is "source", else the result's).
     """
 
     source: Place
@@ -371,11 +371,14 @@ class _FlowBuilder:
         if len(uses) == 1 and not stack and name not in self.pins:
             use = uses[0]
             stop = max(use.at + 1, scope.ends.get(name, 0))
-            if use.kind == "exit" and self.flow.homes[use.target.home].category == "gradients":
+            summed = (
+                use.kind == "exit" and self.flow.homes[use.target.home].category == "gradients"
+            )
+            if summed:
                 site.held[source.slot] = (start + 1, stop)  # it is written over the old sum
             elif use.kind != "alias":
                 site.held[source.slot] = (start, stop)
-            extra = "source" if use.kind == "alias" else "result"
+            extra = "source" if use.kind == "alias" else "both" if summed else "result"
             self._convert(scope, name, source, use, (start, stop), extra, producer=site)
             return
         if not uses:

@@ -271,7 +271,7 @@ class Space:
         for s, t in zip(sources, targets, strict=True):
             between, result = self.resharder.extra_bytes(s, t, c.shape, item)
             own = prod(s.local_shape(c.shape, self.sizes)) * item if s != t else 0
-            extra = {"result": result, "source": own, "none": 0}[c.extra]
+            extra = {"result": result, "source": own, "both": own + result, "none": 0}[c.extra]
             at_step.append(float(between + extra))
             held.append(float(own if c.extra == "source" else result))
         return np.array(at_step), np.array(held)
