@@ -53,7 +53,10 @@ def document(planned: Planned) -> dict[str, Any]:
             for a in result.model.assumed
         ],
         "mesh_shapes": [
-            {"axes": dict(t.mesh.axes), "layout": t.mesh.assignment(), **figures}
+            {
+                "axes": dict(t.mesh.axes), "layout": t.mesh.assignment(),
+                "settings": list(t.settings), **figures,
+            }
             for t, figures in _trials(planned.shapes)
         ],
         "remat": _saved(result.model.training.remat),

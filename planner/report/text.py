@@ -74,6 +74,9 @@ def _about(result: Result) -> str:
         f"batch {training.batch}", training.optimizer, training.compute,
         f"remat {remat_text(training.remat)}",
     ]  # fmt: skip
+    if result.model.pipeline is not None and training.pipeline_microbatches > 1:
+        schedule = result.model.pipeline.schedule
+        words.append(f"{schedule} with {training.pipeline_microbatches} microbatches")
     if training.accumulation_steps > 1:
         words.append(f"{training.accumulation_steps} accumulation steps")
     return ", ".join(words)
@@ -200,7 +203,7 @@ def _trials(title: str, trials: Sequence[Trial]) -> Iterator[RenderableType]:
     for t in trials[:TOP_TRIALS]:
         step = amounts.seconds(t.step_time_s) if t.plan else f"≥ {amounts.seconds(t.bound_s)}"
         found.add_row(
-            Text(t.name), step if t.bound_s < float("inf") else "",
+            Text(t.name), step if t.plan or 0 < t.bound_s < float("inf") else "",
             "" if t.peak_bytes is None else amounts.size(t.peak_bytes),
             "front" if t in best else "" if t.outcome == FITS else t.outcome,
             Text(t.mesh.assignment() if t.remat is None else remat_text(t.remat)),
