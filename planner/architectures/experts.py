@@ -39,6 +39,8 @@ def experts(b: Builder, x: str, s: TransformerBlock, prefix: str = "") -> str:
     t = b.lookup(x)
     batch, sequence, width = t.shape
     size = s.group_size or sequence
+    if sequence == 1:  # one token of every sequence, as in decoding: they are routed together
+        size = min(s.group_size or batch, batch)
     if batch * sequence % size:
         raise GraphError(
             f"{prefix}experts: groups of {size} do not divide {batch} × {sequence} tokens"
