@@ -170,9 +170,11 @@ def _time(result: Result) -> Table:
 
 def _shardings(result: Result) -> Iterator[RenderableType]:
     tensors = annotated(result)
-    parameters = [a for a in tensors if a.role in ("parameter", "input")]
-    yield _sharding_table("parameters and inputs", parameters)
-    activations = [a for a in tensors if a.role not in ("parameter", "input")]
+    given = [a for a in tensors if a.role in ("parameter", "input", "cache")]
+    cached = any(a.role == "cache" for a in given)
+    title = "parameters, inputs and caches" if cached else "parameters and inputs"
+    yield _sharding_table(title, given)
+    activations = [a for a in tensors if a not in given]
     if activations:
         largest = sorted(activations, key=lambda a: -_elements(a))[:MAIN_ACTIVATIONS]
         yield Text()
