@@ -13,6 +13,8 @@ from planner.export import annotationfile, jax_annotations, logical_rules, planf
 from planner.export.jax_program import result_program
 from planner.export.planfile import PlanFile
 from planner.export.stamp import signature
+from planner.minimal import minimal as fewest
+from planner.progress import Progress
 from planner.report.document import prediction
 from planner.request import Planned
 
@@ -58,3 +60,16 @@ def exporter(form: str) -> Callable[[Planned], str]:
         hint = f"did you mean {near[0]}?" if near else f"formats: {', '.join(FORMATS)}"
         raise InputError(f"no export format {form!r}", hint)
     return FORMATS[form]
+
+
+def minimal(planned: Planned, form: str, progress: Progress | None = None) -> tuple[str, str]:
+    """The fewest annotations that stand for the plan, and a remark about them."""
+    if form != "json":
+        raise InputError("--minimal writes annotations only", "add --format json")
+    found = fewest(planned.result, planned.options, progress)
+    after, before = found.result.timing.step_time_s, found.full.timing.step_time_s
+    remark = (
+        f"{len(found.annotations)} of {found.count} annotations: {', '.join(found.annotations)}; "
+        f"step time {after / before - 1:+.1%} from all of them"
+    )
+    return annotationfile.dump(planned.stamp, found.annotations), remark
