@@ -263,7 +263,7 @@ def check(
 @click.option("--format", "form", required=True, metavar="FORMAT",
               help="jax, jax-program, json, flax, maxtext, shardy.")
 @click.option("--minimal", is_flag=True,
-              help="Only the fewest annotations from which propagation recovers the plan (json).")
+              help="Only the fewest annotations that propagate to the plan (json, jax-program).")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="Write there instead of to stdout.")
 @click.option("--force", is_flag=True, help="Replace a file of other origin too.")

@@ -1,7 +1,7 @@
 """The fewest annotations from which propagation recovers a plan.
 
 Annotations are dropped as long as what propagation makes of the rest is, priced, within
-MAX_SLOWDOWN of what all annotations are, with the same memory verdict; in the end none can be.
+MAX_SLOWDOWN and MAX_GROWTH of what all annotations are, and none can be dropped in the end.
 Both are priced as annotations are read, which bind gradients too; a plan itself may be faster.
 """
 
@@ -21,6 +21,7 @@ from planner.sharding.propagate import propagate
 from planner.sharding.spec import Spec
 
 MAX_SLOWDOWN = 0.01  # plans within 1 % of the step time count as equally good
+MAX_GROWTH = 0.05  # of the peak memory: a plan that fits may not eat all the room that is left
 Names = tuple[str, ...]
 
 
@@ -91,7 +92,12 @@ class _Search:
         if found is None:
             return False
         limit_s = full.timing.step_time_s * (1 + MAX_SLOWDOWN)
-        return found.timing.step_time_s <= limit_s and found.fits == full.fits
+        limit_bytes = full.memory.peak_bytes * (1 + MAX_GROWTH)
+        return (
+            found.timing.step_time_s <= limit_s
+            and found.memory.peak_bytes <= limit_bytes
+            and found.fits == full.fits
+        )
 
     def priced(self, names: Names) -> Result | None:
         """The plan that the annotations stand for; None if they stand for none."""

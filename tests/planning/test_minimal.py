@@ -8,7 +8,7 @@ import pytest
 
 import meshes
 from planner.annotations import axes_by_name
-from planner.minimal import MAX_SLOWDOWN, completed, minimal
+from planner.minimal import MAX_GROWTH, MAX_SLOWDOWN, completed, minimal
 from planner.modelfile import load_model
 from planner.pins import PinError
 from planner.planning import plan_model, price_annotations
@@ -35,22 +35,26 @@ def test_none_can_be_dropped_and_no_claim_is_wrong() -> None:
     assert 0 < len(found.annotations) < len(every) == found.count
     assert found.annotations.items() <= every.items()
 
-    def step_time_s(names) -> float:
+    def amounts(names) -> tuple[float, float]:
         axes = completed(result, {n: every[n] for n in names})
         try:
-            return price_annotations(result.model, ON, axes).timing.step_time_s
+            priced = price_annotations(result.model, ON, axes)
         except PinError:
-            return float("inf")
+            return float("inf"), float("inf")
+        return priced.timing.step_time_s, priced.memory.peak_bytes
 
-    limit_s = step_time_s(every) * (1 + MAX_SLOWDOWN)
-    assert step_time_s(found.annotations) <= limit_s
-    for name in found.annotations:
-        assert step_time_s(n for n in found.annotations if n != name) > limit_s
-    sizes = [
-        k for k in range(len(found.annotations) + 1)
-        for names in combinations(every, k) if step_time_s(names) <= limit_s
-    ]  # fmt: skip
-    assert min(sizes) == len(found.annotations)
+    limit_s, limit_bytes = amounts(every)
+
+    def recovers(names) -> bool:
+        time_s, peak_bytes = amounts(names)
+        slower, larger = time_s / limit_s - 1, peak_bytes / limit_bytes - 1
+        return slower <= MAX_SLOWDOWN and larger <= MAX_GROWTH
+
+    assert recovers(found.annotations)
+    smaller = (
+        names for k in range(len(found.annotations)) for names in combinations(every, k)
+    )
+    assert not any(recovers(names) for names in smaller)
 
 
 @pytest.mark.parametrize("name", ["x", "w_in"])
