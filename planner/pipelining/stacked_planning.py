@@ -72,7 +72,7 @@ class StackedPlanning(Planning):
         stages, parts = dict(self.mesh.axes)[self.pipeline.axis], self.original.training.parts
         idle = (stages - 1) / (parts + stages - 1)
         loops = (TICKS, f"{TICKS}.bwd")
-        timing = with_bubbles(found.program, self.mesh, found.timing, loops, idle)
+        timing = with_bubbles(found.timing, loops, idle)
         return replace(found, timing=timing)
 
     def result(self, c: Candidate) -> Result:
