@@ -28,8 +28,9 @@ class PinError(ValueError):
 def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
     """Spec of every tensor of the training step that the annotation decides.
 
-    Stacked dimensions are left out, as in the annotation. Raises PinError for an
-    unknown tensor or axis, a wrong rank, an axis used twice or a size that does not divide.
+    Stacked dimensions are left out, as in the annotation; others than parameters may have them.
+    Raises PinError for an unknown tensor or axis, a wrong rank, an axis used twice or a size that
+    does not divide.
     """
     tensors = graph.all_tensors()
     pins: dict[str, Spec] = {}
@@ -39,7 +40,8 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         spec = Spec(tuple(tuple(d) for d in dims))
         tensor = tensors[name]
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
-        _check(name, spec, tensor.shape[stacked:], sizes)
+        whole = tensor.role != "parameter" and len(dims) == len(tensor.shape)
+        _check(name, spec, tensor.shape if whole else tensor.shape[stacked:], sizes)
         # Axes of size 1 split nothing: the specs of choices have none.
         spec = Spec(tuple(tuple(a for a in d if sizes[a] > 1) for d in spec.dims))
         pins[name] = spec
