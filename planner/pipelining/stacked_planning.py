@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from costmodels.pipeline_time import with_bubbles
-from planner.graph.core import Graph
-from planner.graph.derive import TICKS, training_step
+from planner.graph.core import Graph, Loop
+from planner.graph.derive import training_step
 from planner.graph.flops import FlopCount, count_flops
 from planner.model import Model, Pipeline
 from planner.pins import Annotation
@@ -71,7 +71,8 @@ class StackedPlanning(Planning):
         found = super().lowered(plan)
         stages, parts = dict(self.mesh.axes)[self.pipeline.axis], self.original.training.parts
         idle = (stages - 1) / (parts + stages - 1)
-        loops = (TICKS, f"{TICKS}.bwd")
+        ticks = [n.name for n in self.model.graph.nodes if isinstance(n, Loop) and n.of_parts]
+        loops = [*ticks, *(f"{name}.bwd" for name in ticks)]
         timing = with_bubbles(found.timing, loops, idle)
         return replace(found, timing=timing)
 
