@@ -18,7 +18,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 CATEGORIES = (
-    "parameters", "gradients", "optimizer", "activations", "temporaries", "collective_buffers",
+    "parameters", "gradients", "optimizer", "kv_cache", "activations", "temporaries",
+    "collective_buffers",
 )  # fmt: skip
 
 MOVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")

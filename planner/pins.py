@@ -28,7 +28,7 @@ class PinError(ValueError):
 def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
     """Spec of every tensor of the training step that the annotation decides.
 
-    Stacked dimensions of parameters are left out, as in the annotation. Raises PinError for an
+    Stacked dimensions are left out, as in the annotation. Raises PinError for an
     unknown tensor or axis, a wrong rank, an axis used twice or a size that does not divide.
     """
     tensors = graph.all_tensors()
@@ -39,8 +39,7 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         spec = Spec(tuple(tuple(d) for d in dims))
         tensor = tensors[name]
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
-        shape = tensor.shape[stacked:] if tensor.role == "parameter" else tensor.shape
-        _check(name, spec, shape, sizes)
+        _check(name, spec, tensor.shape[stacked:], sizes)
         # Axes of size 1 split nothing: the specs of choices have none.
         spec = Spec(tuple(tuple(a for a in d if sizes[a] > 1) for d in spec.dims))
         pins[name] = spec

@@ -191,7 +191,7 @@ class Experts(LanguageModel):
         0, ge=0, description="experts that every token goes to, besides the ones chosen for it"
     )
     group_size: Size | None = Field(
-        None, description="tokens that are routed together; one sequence if left out"
+        None, description="tokens that are routed together, at most all; one sequence if left out"
     )
 
     @model_validator(mode="after")

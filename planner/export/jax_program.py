@@ -33,6 +33,11 @@ def result_program(result: Result) -> str:
 def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
     to the compiler (activations)."""
+    if model.inference is not None:
+        raise ExportError(
+            f"{model.name} is planned for {model.inference.phase}: JAX programs are written for "
+            "training steps only; the annotations, those of the cache included, hold for inference"
+        )
     if model.pipeline is not None:
         raise ExportError(
             f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "

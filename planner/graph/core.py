@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-ROLES = ("input", "parameter", "state", "gradient", "residual", "activation", "scalar")
+ROLES = (
+    "input", "parameter", "state", "cache", "gradient", "residual", "activation", "scalar",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

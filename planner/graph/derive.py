@@ -61,6 +61,13 @@ def given_gradient(parameter: str, giver: int) -> str:
     return f"{parameter}.grad.of{giver}"
 
 
+def step_of(model: Model, keep: Collection[str] = ()) -> Graph:
+    """What a step runs. That of inference is the model's graph itself."""
+    if model.inference is not None:
+        return fuse_graph(model.graph, keep)
+    return training_step(model, keep)
+
+
 def training_step(model: Model, keep: Collection[str] = ()) -> Graph:
     """The step's graph: inputs → loss, new parameters and states (aliased to the old ones).
 
@@ -186,10 +193,11 @@ def _close_accumulation(
     nodes = fuse_nodes(scope.nodes, scope.tensors, keep=carried | left | {*keep})
     scope.nodes = list(nodes)
     scope.prefix = f"{ACCUMULATE}."
+    scope.writes = list(writes)
     results = list(scope.end_repeat(carries))
     loop = outer.nodes[-1]
     if isinstance(loop, Loop):
-        outer.nodes[-1] = replace(loop, writes=tuple(writes), of_parts=True)
+        outer.nodes[-1] = replace(loop, of_parts=True)
     for name in results:
         outer.declare(replace(outer.lookup(name), role="gradient"))
     mean = results.pop(0) if loss else ""

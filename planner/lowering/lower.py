@@ -188,7 +188,7 @@ class _Lowering:
         role = self.tensors[name].role
         if role == "gradient":
             return "gradients"
-        if role in ("parameter", "state"):
+        if role in ("parameter", "state", "cache"):
             return "temporaries"
         if name.endswith(".grad") or ".grad_" in name:
             return "temporaries"

@@ -37,7 +37,7 @@ def stacked(model: Model, axis: str, stages: int) -> Model:
         model.training, pipeline_microbatches=1, accumulation_steps=1
     )  # the graph holds all of them
     graph = _Stacking(model, bound_name("stage", axis), stages).graph()
-    return replace(model, graph=graph, training=training, pipeline=None)
+    return replace(model, graph=graph, workload=training, pipeline=None)
 
 
 @dataclass

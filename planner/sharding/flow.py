@@ -167,6 +167,7 @@ COPY_CATEGORY = "collective_buffers"
 ROLE_CATEGORIES = {
     "parameter": "parameters", "state": "optimizer", "gradient": "gradients",
     "residual": "activations", "input": "activations", "activation": "activations",
+    "cache": "kv_cache",
 }  # fmt: skip
 
 
@@ -204,8 +205,6 @@ class _FlowBuilder:
             return
         t = self.tensors[out]
         home = self.new_home(f"{out}@output", t.shape, t.dtype, 0, False, ROLE_CATEGORIES[t.role])
-        if t.role != "gradient":  # those go on to other stages of a pipeline
-            home.pin = Spec(((),) * len(t.shape))
         scope.use(
             out, _Use(Place("home", home=home.id), HANDED_ON, "output", "", self.flow.steps)
         )

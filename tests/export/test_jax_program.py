@@ -49,7 +49,7 @@ def in_f32(graph: Graph) -> Graph:
 
 def f32(model: Model) -> Model:
     training = replace(model.training, compute="f32")
-    return replace(model, graph=in_f32(model.graph), training=training)
+    return replace(model, graph=in_f32(model.graph), workload=training)
 
 
 def load(source: str) -> ModuleType:
@@ -78,7 +78,7 @@ def arrays(module: ModuleType, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
 def check_gradients(model: Model, specs: dict[str, Spec] | None = None, mesh: Any = None) -> None:
     """Loss and every gradient against the NumPy reading of the derived training step."""
     model = f32(model)
-    step = training_step(replace(model, training=replace(model.training, optimizer="sgd")))
+    step = training_step(replace(model, workload=replace(model.training, optimizer="sgd")))
     inputs = reference.random_inputs(step)
     expected = reference.evaluate(step, inputs)
     module = load(jax_program(model, MESH, Placement(specs or {})))

@@ -38,7 +38,7 @@ def pipelined(model: Model, schedule: str, chunks: int = 1, microbatches: int = 
         model.training, batch=model.training.batch * microbatches,
         pipeline_microbatches=microbatches,
     )  # fmt: skip
-    return replace(model, training=training, pipeline=Pipeline(AXIS, schedule, chunks))
+    return replace(model, workload=training, pipeline=Pipeline(AXIS, schedule, chunks))
 
 
 class PipelineDrawer:
