@@ -109,7 +109,7 @@ def test_ring_attention_and_stages_in_one_program() -> None:
     check_gradients(decoder_of({"attention_blocks": 4, "kv_heads": 2}))
     model = decoder_of({})
     training = replace(model.training, batch=8, pipeline_microbatches=4)
-    check_gradients(stacked(replace(model, training=training), "x", 2))
+    check_gradients(stacked(replace(model, workload=training), "x", 2))
 
 
 def decoder_of(more: dict[str, Any]) -> Model:
