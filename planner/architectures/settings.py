@@ -281,11 +281,15 @@ class MoEEncoderDecoder(SequenceToSequence, Experts):
     """Encoder and decoder with experts."""
 
     kind: Literal["moe-encoder-decoder"] = "moe-encoder-decoder"
+    experts_in: Literal["both", "encoder"] = Field(
+        "both", description="encoder: the decoder's layers are ordinary ones"
+    )
 
     @model_validator(mode="after")
     def _periods_fit(self) -> MoEEncoderDecoder:
         _whole_periods(self.encoder_layers, self.moe_every, "encoder_layers")
-        _whole_periods(self.decoder_layers, self.moe_every, "decoder_layers")
+        if self.experts_in == "both":
+            _whole_periods(self.decoder_layers, self.moe_every, "decoder_layers")
         return self
 
 

@@ -122,16 +122,17 @@ class _Stacking:
         along = {}
         for shared in loop.shared:
             if shared in self.many:
-                carry, read, along[shared] = self._travelling(outer, shared, f"{name}.{shared}")
+                own = f"{loop.name}.{shared}"
+                carry, read, along[shared] = self._travelling(outer, shared, own)
                 carries.append(carry)
                 reads.append(read)
-        own = tuple(along.get(shared, shared) for shared in loop.shared)
+        whole = tuple(along.get(shared, shared) for shared in loop.shared)
         layers = replace(
             loop, times=loop.times // self.stages, carries=tuple(inner),
-            body=self._body(loop, along), shared=own,
+            body=self._body(loop, along), shared=whole,
         )  # fmt: skip
         body = Graph(outer.tensors, (*outer.nodes, layers))
-        passed = (*(s.outer for s in loop.reads), *(s for s in own if s not in outer.tensors))
+        passed = (*(s.outer for s in loop.reads), *(s for s in whole if s not in outer.tensors))
         self.b.nodes.append(
             Loop(
                 name, ticks, body, tuple(carries), tuple(reads), tuple(writes),

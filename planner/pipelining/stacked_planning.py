@@ -55,13 +55,13 @@ class StackedPlanning(Planning):
         return self.original.pipeline
 
     def _with_stages(self, annotation: Annotation) -> Annotation:
-        """Stages are split by the pipeline's axis, microbatches by none."""
+        """Stages are split by the pipeline's axis; that microbatches are whole goes unsaid."""
         old, new = self.original.graph.all_tensors(), self.model.graph.all_tensors()
         found = {}
         for name, axes in annotation.items():
             added = name in old and name in new and len(new[name].shape) > len(old[name].shape)
-            first = () if added and new[name].dims[0] == MICRO else (self.pipeline.axis,)
-            found[name] = (first, *axes) if added else axes
+            staged = added and new[name].dims[0] != MICRO
+            found[name] = ((self.pipeline.axis,), *axes) if staged else axes
         return found
 
     def step(self) -> Graph:
