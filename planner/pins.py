@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from planner.graph.core import Graph, Loop
-from planner.graph.derive import ACCUMULATE, AGAIN, TICKS
+from planner.graph.derive import AGAIN
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 
@@ -62,7 +62,7 @@ def part_copies(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:
     return {
         f"{name}@{node.name}": pins[name]
         for node in graph.nodes
-        if isinstance(node, Loop) and node.name in (ACCUMULATE, TICKS)
+        if isinstance(node, Loop) and node.of_parts
         for name in node.shared
         if name in pins and graph.tensors[name].role == "parameter"
     }

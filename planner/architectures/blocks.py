@@ -17,6 +17,7 @@ from planner.architectures.settings import Activation, Norm, TransformerBlock
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph.builder import Builder
+from planner.graph.ring import ring_attention
 from planner.graph.structural import reshape
 
 TOKENS = ("B", "S", "D")
@@ -114,7 +115,12 @@ def attended(
         if cache:
             cache.fill(b, f"{prefix}k", k)
             cache.fill(b, f"{prefix}v", v)
-        mixed = layers.attention(b, q, k, v, causal=causal, name=name, grouped=s.grouped)
+        if s.attention_blocks is None:
+            mixed = layers.attention(b, q, k, v, causal=causal, name=name, grouped=s.grouped)
+        else:
+            mixed = ring_attention(
+                b, q, k, v, s.attention_blocks, causal=causal, name=name, grouped=s.grouped
+            )
     wo = declared(b, f"{prefix}wo", "N H D", s)
     spec = f"B S {queries} H, {queries} H D -> B S D"
     return projected(b, spec, mixed, wo, f"{prefix}o", biased("bo", "D"))

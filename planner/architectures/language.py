@@ -24,6 +24,7 @@ from planner.architectures.settings import (
     Experts,
     LanguageModel,
     MoEDecoder,
+    MoEEncoderDecoder,
     SequenceToSequence,
     TransformerBlock,
 )
@@ -67,12 +68,14 @@ def predicted(b: Builder, s: LanguageModel, x: str, table: str, targets: str) ->
     return layers.cross_entropy(b, logits_of(b, s, x, table), targets)
 
 
-def sublayers(s: LanguageModel) -> tuple[tuple[str, Feed], ...]:
+def sublayers(s: LanguageModel, decodes: bool) -> tuple[tuple[str, Feed], ...]:
     """(prefix of names, feed-forward layer) of the layers that one iteration of a stack runs.
 
     One ordinary layer, or with experts in every n-th layer n - 1 ordinary ones and that layer.
+    `decodes`: whether the layers attend to an encoder, which may have all the experts.
     """
-    if not isinstance(s, Experts):
+    elsewhere = decodes and isinstance(s, MoEEncoderDecoder) and s.experts_in == "encoder"
+    if elsewhere or not isinstance(s, Experts):
         return (("", fed_forward),)
     if s.moe_every == 1:
         return (("", experts),)
@@ -93,7 +96,8 @@ def stacked(
     if first:
         dense = (("", fed_forward),)
         x = _repeated(b, f"first_{name}", first, x, s, causal, dense, memory, cache)
-    return _repeated(b, name, count - first, x, s, causal, sublayers(s), memory, cache)
+    parts = sublayers(s, memory is not None)
+    return _repeated(b, name, count - first, x, s, causal, parts, memory, cache)
 
 
 def _repeated(

@@ -106,7 +106,8 @@ class Stack:
 class Loop:
     """`times` executions of `body`; `reads` are sliced, `writes` stacked, `shared` passed whole.
 
-    With `reverse` the iterations run from the last slice to the first.
+    With `reverse` the iterations run from the last slice to the first. Those of a loop `of_parts`
+    work on parts of the batch: what each gives to a gradient is added up in full precision.
     Body tensors in `shared` keep their outer name.
     """
 
@@ -119,6 +120,7 @@ class Loop:
     shared: tuple[str, ...] = ()
     reverse: bool = False
     phase: str = "forward"
+    of_parts: bool = False
 
     @property
     def ins(self) -> tuple[str, ...]:

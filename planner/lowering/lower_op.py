@@ -46,6 +46,8 @@ def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
     rule = op.rule
     if op.kind == "reshape":
         return 0.0  # another view
+    if op.kind == "shift" and set(op.attrs["padding"]) == {(0, 0)}:
+        return 0.0  # what a shard reads has moved already
     reads = [
         local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
         for t, d in zip(op.ins, rule.ins, strict=True)
