@@ -21,15 +21,19 @@ class PinError(ValueError):
     """An annotation that cannot hold; `tensor` names it."""
 
     def __init__(self, tensor: str, message: str) -> None:
-        super().__init__(f"'{tensor}': {message}")
+        super().__init__(tensor, message)  # both, so that it can be sent between processes
         self.tensor = tensor
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"'{self.tensor}': {self.message}"
 
 
 def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
     """Spec of every tensor of the training step that the annotation decides.
 
-    Stacked dimensions are left out, as in the annotation. Raises PinError for an
-    unknown tensor or axis, a wrong rank, an axis used twice or a size that does not divide.
+    Annotations leave stacked dimensions out: those stay whole. Raises PinError for an unknown
+    tensor or axis, a wrong rank, an axis used twice or a size that does not divide.
     """
     tensors = graph.all_tensors()
     pins: dict[str, Spec] = {}
@@ -41,7 +45,8 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
         _check(name, spec, tensor.shape[stacked:], sizes)
         # Axes of size 1 split nothing: the specs of choices have none.
-        spec = Spec(tuple(tuple(a for a in d if sizes[a] > 1) for d in spec.dims))
+        whole: list[tuple[str, ...]] = [()] * stacked
+        spec = Spec((*whole, *(tuple(a for a in d if sizes[a] > 1) for d in spec.dims)))
         pins[name] = spec
         if tensor.role == "parameter":
             continue
