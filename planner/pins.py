@@ -32,8 +32,9 @@ class PinError(ValueError):
 def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
     """Spec of every tensor of the training step that the annotation decides.
 
-    Annotations leave stacked dimensions out: those stay whole. Raises PinError for an unknown
-    tensor or axis, a wrong rank, an axis used twice or a size that does not divide.
+    Annotations leave stacked dimensions out, which stay whole; others than parameters may have
+    them. Raises PinError for an unknown tensor or axis, a wrong rank, an axis used twice or a size
+    that does not divide.
     """
     tensors = graph.all_tensors()
     pins: dict[str, Spec] = {}
@@ -43,10 +44,11 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         spec = Spec(tuple(tuple(d) for d in dims))
         tensor = tensors[name]
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
-        _check(name, spec, tensor.shape[stacked:], sizes)
+        whole = tensor.role != "parameter" and len(dims) == len(tensor.shape)
+        _check(name, spec, tensor.shape if whole else tensor.shape[stacked:], sizes)
         # Axes of size 1 split nothing: the specs of choices have none.
-        whole: list[tuple[str, ...]] = [()] * stacked
-        spec = Spec((*whole, *(tuple(a for a in d if sizes[a] > 1) for d in spec.dims)))
+        left_out: list[tuple[str, ...]] = [()] * (len(tensor.shape) - len(dims))
+        spec = Spec((*left_out, *(tuple(a for a in d if sizes[a] > 1) for d in spec.dims)))
         pins[name] = spec
         if tensor.role == "parameter":
             continue
