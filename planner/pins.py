@@ -21,16 +21,20 @@ class PinError(ValueError):
     """An annotation that cannot hold; `tensor` names it."""
 
     def __init__(self, tensor: str, message: str) -> None:
-        super().__init__(f"'{tensor}': {message}")
+        super().__init__(tensor, message)  # both, so that it can be sent between processes
         self.tensor = tensor
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"'{self.tensor}': {self.message}"
 
 
 def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
     """Spec of every tensor of the training step that the annotation decides.
 
-    Stacked dimensions are left out, as in the annotation; others than parameters may have them.
-    Raises PinError for an unknown tensor or axis, a wrong rank, an axis used twice or a size that
-    does not divide.
+    Annotations leave stacked dimensions out, which stay whole; others than parameters may have
+    them. Raises PinError for an unknown tensor or axis, a wrong rank, an axis used twice or a size
+    that does not divide.
     """
     tensors = graph.all_tensors()
     pins: dict[str, Spec] = {}
@@ -43,7 +47,8 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         whole = tensor.role != "parameter" and len(dims) == len(tensor.shape)
         _check(name, spec, tensor.shape if whole else tensor.shape[stacked:], sizes)
         # Axes of size 1 split nothing: the specs of choices have none.
-        spec = Spec(tuple(tuple(a for a in d if sizes[a] > 1) for d in spec.dims))
+        left_out: list[tuple[str, ...]] = [()] * (len(tensor.shape) - len(dims))
+        spec = Spec((*left_out, *(tuple(a for a in d if sizes[a] > 1) for d in spec.dims)))
         pins[name] = spec
         if tensor.role == "parameter":
             continue

@@ -323,7 +323,7 @@ class _FlowBuilder:
     ) -> Home:
         home = Home(len(self.flow.homes), name, shape, dtype, lead, partial, category)
         pin = self.pins.get(name)
-        if pin is not None:  # of a parameter without its stacked dimensions, else of all
+        if pin is not None:  # of one slice, where the home holds a stack of them
             home.pin = Spec(((),) * (len(shape) - len(pin.dims)) + pin.dims)
         self.flow.homes.append(home)
         return home
