@@ -262,12 +262,15 @@ def check(
 @click.argument("plan_file", type=click.Path(path_type=Path), metavar="PLAN")
 @click.option("--format", "form", required=True, metavar="FORMAT",
               help="jax, jax-program, json, flax, maxtext, shardy.")
+@click.option("--minimal", is_flag=True,
+              help="Only the fewest annotations that propagate to the plan (json, jax-program).")
 @click.option("-o", "--output", type=click.Path(path_type=Path), metavar="FILE",
               help="Write there instead of to stdout.")
 @click.option("--force", is_flag=True, help="Replace a file of other origin too.")
 @common
 def export(
-    plan_file: Path, form: str, output: Path | None, force: bool, quiet: bool, color: str
+    plan_file: Path, form: str, minimal: bool, output: Path | None, force: bool, quiet: bool,
+    color: str,
 ) -> int:
     """Turns PLAN, a plan file, into what another program reads."""
     from planner.export import bundle, files, planfile
@@ -275,7 +278,14 @@ def export(
     from planner.request import read_plan
 
     screen = Screen(quiet, color)
-    text = bundle.exporter(form)(read_plan(planfile.load(plan_file)))
+    write = bundle.exporter(form)
+    planned = read_plan(planfile.load(plan_file))
+    if minimal:
+        with screen.progress() as progress:
+            text, remark = bundle.minimal(planned, form, progress)
+        screen.remark(remark)
+    else:
+        text = write(planned)
     if output is None:
         screen.data(text)
     else:

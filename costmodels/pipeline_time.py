@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
-from costmodels.pipeline import PipelineProgram, part_of
+from costmodels.pipeline import PipelineProgram
 from costmodels.pricing import prices
 from costmodels.program import Program
 from costmodels.schedule import BACKWARD, FORWARD, Task
@@ -67,17 +67,14 @@ def _durations(program: PipelineProgram, mesh: LogicalMesh) -> list[_Stage]:
     return found
 
 
-def with_bubbles(
-    program: Program, mesh: LogicalMesh, timing: Timing, loops: Collection[str], share: float
-) -> Timing:
+def with_bubbles(timing: Timing, loops: Collection[str], share: float) -> Timing:
     """`timing` of a pipeline in one program: `share` of the iterations of `loops` are bubbles."""
-    compute, exposed = timing.compute_s, timing.exposed_communication_s
-    for step in program.block:
-        if step.name in loops:
-            inside = simulate(part_of(program, (step,)), mesh)
-            compute -= share * inside.compute_s
-            exposed -= share * inside.exposed_communication_s
-    bubble = max(timing.step_time_s - compute - exposed, 0.0)
+    idle = [timing.loops[name] for name in loops if name in timing.loops]
+    compute = timing.compute_s - share * sum(loop.compute_s for loop in idle)
+    exposed = timing.exposed_communication_s - share * sum(
+        loop.exposed_communication_s for loop in idle
+    )
+    bubble = share * sum(loop.step_time_s for loop in idle)
     return replace(
         timing, compute_s=compute, exposed_communication_s=exposed, bubble_s=bubble,
         step_time_s=compute + exposed + bubble,

@@ -18,7 +18,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 CATEGORIES = (
-    "parameters", "gradients", "optimizer", "activations", "temporaries", "collective_buffers",
+    "parameters", "gradients", "optimizer", "kv_cache", "activations", "temporaries",
+    "collective_buffers",
 )  # fmt: skip
 
 MOVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
@@ -79,7 +80,8 @@ class Collective:
     `bytes`: full payload on one device (all-gather result, reduce-scatter or all-reduce
     operand, all-to-all and permute operand). `dim` is the dimension gathered, scattered or
     split; `to_dim` the one that grows in an all-to-all. A collective-permute reorders the
-    blocks of `dim` from axis order `axes` to `order`.
+    blocks of `dim` from axis order `axes` to `order`; with `shift` it hands `width` points of
+    `dim` to the next device (1) or the one before (-1), with `wrap` also from one end to the other.
     """
 
     kind: str
@@ -95,6 +97,7 @@ class Collective:
     phase: str = "forward"
     shift: int = 0
     width: int = 0
+    wrap: bool = False
 
     @property
     def ins(self) -> tuple[int, ...]:

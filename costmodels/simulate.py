@@ -22,8 +22,8 @@ exposed_communication_s the time in which it waits for the network. Only pipelin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 
 from costmodels.layout import (
@@ -63,13 +63,15 @@ class Event:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one step; the three terms sum to `step_time_s`."""
+    """Seconds of one step; the three terms sum to `step_time_s`. `loops`: the parts of them that
+    the outermost loops took, by name."""
 
     step_time_s: float
     compute_s: float
     exposed_communication_s: float
     bubble_s: float = 0.0
     events: tuple[Event, ...] = ()
+    loops: Mapping[str, Timing] = field(default_factory=dict)
 
 
 def simulate(
@@ -147,6 +149,7 @@ class _Simulation:
         self.eligible: list[tuple[int, int, Item, _Scope]] = []  # ready now, by program order
         self.trace = trace
         self.events: list[Event] = []
+        self.loops: dict[str, Timing] = {}
         self.points = _points(layout, overlap)
         windows = overlap.windows.values()
         self.moved = {i for w in windows for i in (w.before, w.after) if i is not None}
@@ -156,10 +159,13 @@ class _Simulation:
         for buffer in self.program.inputs.values():
             scope.ready[buffer] = 0
         self._parts(self.layout.parts, scope, None, None)
-        total = self.compute + self.skipped
-        compute_s = self.busy / UNITS_PER_S
-        exposed_s = (total - self.busy) / UNITS_PER_S
-        return Timing(compute_s + exposed_s, compute_s, exposed_s, 0.0, tuple(self.events))
+        return replace(self._since(0, 0), events=tuple(self.events), loops=self.loops)
+
+    def _since(self, start: int, busy: int) -> Timing:
+        """From `start` until now; `busy`: how long the compute stream had worked by then."""
+        compute_s = (self.busy - busy) / UNITS_PER_S
+        exposed_s = (self.compute + self.skipped - start - (self.busy - busy)) / UNITS_PER_S
+        return Timing(compute_s + exposed_s, compute_s, exposed_s)
 
     def _scope(self, parent: _Scope | None) -> _Scope:
         self.scopes += 1
@@ -173,7 +179,10 @@ class _Simulation:
     ) -> None:  # fmt: skip
         for part in parts:
             if isinstance(part, LoopRun):
+                start, busy = self.compute + self.skipped, self.busy
                 self._loop(part, scope)
+                if scope.parent is None:
+                    self.loops[part.loop.name] = self._since(start, busy)
             else:
                 self._region(part, scope, before, after)
 

@@ -1,14 +1,15 @@
 """Every logical mesh of a topology up to a number of axes, those that price alike only once.
 
-The order of the axes matters: it decides how they lie on the links (see `layout`). Two meshes
-price alike if their groups of devices, for every set of axes, lie on links of the same kinds
-and speeds, whatever the axes and dimensions are called.
+The order of the axes matters: it decides how they lie on the links (see `layout`), and which of
+two axes is the outer one where both split a dimension. Two meshes price alike if their groups of
+devices, for every set of axes in this order, lie on links of the same kinds and speeds, whatever
+the axes and dimensions are called.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import combinations, permutations
+from itertools import combinations
 
 from meshes.errors import MeshError
 from meshes.layout import divisors
@@ -59,11 +60,7 @@ def _factorisations(devices: int, rank: int) -> Iterator[tuple[int, ...]]:
 def _signature(mesh: LogicalMesh) -> object:
     """Equal for meshes that differ only in what axes and dimensions are called."""
     names = mesh.names
-    return min(_groups(mesh, order) for order in permutations(names))
-
-
-def _groups(mesh: LogicalMesh, order: tuple[str, ...]) -> tuple[object, ...]:
-    subsets = (s for n in range(1, len(order) + 1) for s in combinations(order, n))
+    subsets = (s for n in range(1, len(names) + 1) for s in combinations(names, n))
     return tuple(_links(mesh.group(s)) for s in subsets)
 
 

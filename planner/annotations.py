@@ -35,21 +35,22 @@ class Annotated:
 
 
 def annotated(result: Result) -> list[Annotated]:
-    """Parameters first, then inputs and activations, each in the order of the model.
+    """Parameters first, then inputs, caches and activations, each in the order of the model.
 
-    Left out are tensors that only the backward pass or the compiler sees, and values that are
-    still partial sums, which no annotation can express.
+    Left out are tensors that only the backward pass or the compiler sees, values that are still
+    partial sums, which no annotation can express, and what takes over an input's memory: it lies
+    like that.
     """
     return sorted(_annotated(result), key=lambda a: _ORDER.get(a.role, len(_ORDER)))
 
 
-_ORDER = {"parameter": 0, "input": 1}
+_ORDER = {"parameter": 0, "input": 1, "cache": 2}
 
 
 def _annotated(result: Result) -> Iterator[Annotated]:
-    slices = _slices(result.model.graph)
+    hidden = _slices(result.model.graph) | set(result.model.graph.aliases)
     for name, tensor in result.model.graph.all_tensors().items():
-        spec = None if name in slices else result.specs.get(name)
+        spec = None if name in hidden else result.specs.get(name)
         if spec is None or spec.partial or (not tensor.shape and tensor.role != "parameter"):
             continue
         stacked = stacked_dims(tensor)

@@ -1,4 +1,4 @@
-"""A loaded model: its forward graph and how it is trained. What every front end produces.
+"""A loaded model: its graph and what is asked of it, training or inference; of every front end.
 
 Front ends (model files, the zoo) build it; training-step derivation and planning read it.
 """
@@ -47,6 +47,30 @@ class Training:
         return self.accumulation_steps * self.pipeline_microbatches
 
 
+PREFILL, DECODE = "prefill", "decode"
+PHASES = (PREFILL, DECODE)
+
+
+@dataclass(frozen=True)
+class Inference:
+    """What a step of inference does for `batch` sequences.
+
+    `prefill` reads prompts of `context` tokens and fills the cache of keys and values; `decode`
+    adds one token to every sequence, whose cache has `context` slots.
+    """
+
+    phase: str
+    batch: int
+    context: int
+    compute: str = "bf16"
+    params: str = "bf16"
+
+    @property
+    def tokens(self) -> int:
+        """Positions that a step computes."""
+        return self.batch if self.phase == DECODE else self.batch * self.context
+
+
 @dataclass(frozen=True)
 class Pipeline:
     """Layers dealt out along mesh axis `axis`, in `interleave` pieces per device.
@@ -82,15 +106,17 @@ def remat_text(remat: Remat) -> str:
 
 @dataclass(frozen=True)
 class Model:
-    """A forward graph (outputs[0] is the scalar loss) with everything a plan needs to know.
+    """A graph with everything a plan needs to know.
 
+    To be trained: the forward graph, whose outputs[0] is the scalar loss. For inference: the
+    whole step, whose outputs[0] are the logits; the others are caches, donated ones as aliases.
     `constraints`: tensor name → for every dimension (stacked layer dimensions left out) the
     mesh axes it is pinned to. `tokens`: what one step processes, for throughput.
     """
 
     name: str
     graph: Graph
-    training: Training
+    workload: Training | Inference
     tokens: int
     pipeline: Pipeline | None = None
     mesh: str | None = None
@@ -101,8 +127,19 @@ class Model:
     published_parameters: float | None = None
     digest: str = ""
 
+    @property
+    def training(self) -> Training:
+        """How it is trained; only for what is about training alone."""
+        if isinstance(self.workload, Training):
+            return self.workload
+        raise ValueError(f"{self.name} is planned for inference")
+
+    @property
+    def inference(self) -> Inference | None:
+        return self.workload if isinstance(self.workload, Inference) else None
+
     def decided(self, remat: Remat | None) -> Model:
         """The model with this saved for its backward pass; None changes nothing."""
         if remat is None:
             return self
-        return replace(self, training=replace(self.training, remat=remat))
+        return replace(self, workload=replace(self.training, remat=remat))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from planner.graph.core import Graph, Loop
-from planner.graph.derive import ACCUMULATE, AGAIN, TICKS
+from planner.graph.derive import AGAIN
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 
@@ -21,15 +21,20 @@ class PinError(ValueError):
     """An annotation that cannot hold; `tensor` names it."""
 
     def __init__(self, tensor: str, message: str) -> None:
-        super().__init__(f"'{tensor}': {message}")
+        super().__init__(tensor, message)  # both, so that it can be sent between processes
         self.tensor = tensor
+        self.message = message
+
+    def __str__(self) -> str:
+        return f"'{self.tensor}': {self.message}"
 
 
 def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
     """Spec of every tensor of the training step that the annotation decides.
 
-    Stacked dimensions of parameters are left out, as in the annotation. Raises PinError for an
-    unknown tensor or axis, a wrong rank, an axis used twice or a size that does not divide.
+    Annotations leave stacked dimensions out, which stay whole; others than parameters may have
+    them. Raises PinError for an unknown tensor or axis, a wrong rank, an axis used twice or a size
+    that does not divide.
     """
     tensors = graph.all_tensors()
     pins: dict[str, Spec] = {}
@@ -39,10 +44,11 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         spec = Spec(tuple(tuple(d) for d in dims))
         tensor = tensors[name]
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
-        shape = tensor.shape[stacked:] if tensor.role == "parameter" else tensor.shape
-        _check(name, spec, shape, sizes)
+        whole = tensor.role != "parameter" and len(dims) == len(tensor.shape)
+        _check(name, spec, tensor.shape if whole else tensor.shape[stacked:], sizes)
         # Axes of size 1 split nothing: the specs of choices have none.
-        spec = Spec(tuple(tuple(a for a in d if sizes[a] > 1) for d in spec.dims))
+        left_out: list[tuple[str, ...]] = [()] * (len(tensor.shape) - len(dims))
+        spec = Spec((*left_out, *(tuple(a for a in d if sizes[a] > 1) for d in spec.dims)))
         pins[name] = spec
         if tensor.role == "parameter":
             continue
@@ -61,7 +67,7 @@ def part_copies(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:
     return {
         f"{name}@{node.name}": pins[name]
         for node in graph.nodes
-        if isinstance(node, Loop) and node.name in (ACCUMULATE, TICKS)
+        if isinstance(node, Loop) and node.of_parts
         for name in node.shared
         if name in pins and graph.tensors[name].role == "parameter"
     }

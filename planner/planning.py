@@ -18,12 +18,12 @@ from costmodels.program import Program
 from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
 from planner.graph.core import Graph
-from planner.graph.derive import training_step
+from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
 from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
-from planner.model import RECOMPUTES_ALL, Model
+from planner.model import RECOMPUTES_ALL, Inference, Model
 from planner.pins import Annotation, part_copies, pinned_specs
 from planner.plan import Plan, Proof
 from planner.progress import Progress
@@ -162,7 +162,7 @@ class Candidate:
 
 @dataclass
 class Planning:
-    """Everything about planning one training step on one mesh."""
+    """Everything about planning one step on one mesh."""
 
     model: Model
     mesh: LogicalMesh
@@ -181,14 +181,14 @@ class Planning:
 
     def __post_init__(self) -> None:
         self.clock = Clock.of(self.options.time_limit_s)
-        self.say("deriving the training step")
+        self.say("deriving the step")
         self.graph = self.step()
         self.flow = self.laid_out()
         limit = self.options.memory_bytes
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
 
     def step(self) -> Graph:
-        return training_step(self.model, keep=tuple(self.annotation))
+        return step_of(self.model, keep=tuple(self.annotation))
 
     def laid_out(self) -> Flow:
         return build_flow(self.graph, self.pins())
@@ -432,7 +432,7 @@ def humps(profile: Sequence[int], limit: float) -> list[int]:
 
 def explain(result: Result) -> tuple[str, ...]:
     """Why nothing fits, in the user's words: what fills the memory, what could be relaxed."""
-    memory, training = result.memory, result.model.training
+    memory = result.memory
     need = memory.peak_bytes * (1 + result.headroom)
     limit = result.limit_bytes
     lines = [
@@ -447,14 +447,27 @@ def explain(result: Result) -> tuple[str, ...]:
     lines.append(
         "largest tensors: " + ", ".join(f"{t} {amounts.size(n)}" for t, _, n in memory.largest[:5])
     )
-    relax = ["more devices"]
-    if memory.parts["activations"] + memory.parts["temporaries"] > memory.peak_bytes / 4:
-        if training.remat not in RECOMPUTES_ALL:
-            relax.append("training.remat: full")
-        relax.append("a smaller training.batch, or more training.accumulation_steps")
-    if memory.parts["optimizer"] > memory.peak_bytes / 4 and training.optimizer != "adafactor":
-        relax.append("an optimizer with smaller states (adafactor)")
+    relax = ["more devices", *_relaxed(result)]
     if result.model.constraints:
         relax.append("fewer constraints")
     lines.append("what could be relaxed: " + "; ".join(relax))
     return tuple(lines)
+
+
+def _relaxed(result: Result) -> list[str]:
+    """What of the workload could ask for less memory."""
+    memory, workload = result.memory, result.model.workload
+    large = memory.peak_bytes / 4
+    working = memory.parts["activations"] + memory.parts["temporaries"]
+    found = []
+    if isinstance(workload, Inference):
+        if working + memory.parts["kv_cache"] > large:
+            found.append("a smaller inference.batch or inference.context")
+        return found
+    if working > large:
+        if workload.remat not in RECOMPUTES_ALL:
+            found.append("training.remat: full")
+        found.append("a smaller training.batch, or more training.accumulation_steps")
+    if memory.parts["optimizer"] > large and workload.optimizer != "adafactor":
+        found.append("an optimizer with smaller states (adafactor)")
+    return found

@@ -33,7 +33,7 @@ from planner.planning import (
 )
 from planner.progress import Progress
 from planner.result import Result
-from planner.search import saving
+from planner.search import saving, staging
 from planner.search.candidates import IMPOSSIBLE, TOO_LARGE, Trial, search
 from planner.source import Source
 
@@ -101,11 +101,18 @@ def _searched(
 ) -> Planned:  # fmt: skip
     """The best mesh, then on it what is best saved for the backward pass, if that is open."""
     options = request.options
+    source = request.source
     shapes: list[Trial] = []
     savings: list[Trial] = []
     if len(candidates) > 1:
-        shapes = search(model, [Trial(mesh) for mesh in candidates], options, progress)
+        trials = [Trial(mesh) for mesh in candidates]
+        if machine.every:
+            trials = [Trial(mesh) for mesh in staging.unstaged(model, candidates)]
+            trials += _staged(source, model, machine)
+        shapes = search(model, trials, options, progress)
         candidates = [shapes[0].mesh]
+        model = shapes[0].model or model
+        source = source.with_settings(shapes[0].settings)
     if saving.is_open(model):
         savings = search(model, saving.candidates(model, candidates[0]), options, progress)
     best = (savings or shapes)[0]
@@ -116,9 +123,19 @@ def _searched(
         raise kind(f"no plan for any of {len(savings or shapes)} candidates")
     result = reprice(model, best.mesh, best.plan, model.constraints, options)
     return Planned(
-        request.source, machine, result, options, model.constraints, best.explanation,
+        source, machine, result, options, model.constraints, best.explanation,
         tuple(shapes), tuple(savings),
     )  # fmt: skip
+
+
+def _staged(source: Source, model: Model, machine: Machine) -> Iterator[Trial]:
+    """The pipelines to consider; a model is read again for each number of microbatches."""
+    models: dict[tuple[str, ...], Model] = {(): model}
+    for mesh, setting in staging.staged(model, machine.topology):
+        settings = (setting,) if setting else ()
+        if settings not in models:
+            models[settings] = source.with_settings(settings).load()
+        yield Trial(mesh, model=models[settings], settings=settings, staged=True)
 
 
 def _plan_one(
@@ -144,7 +161,7 @@ def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
     found = []
     for assumed in planned.result.model.assumed:
         low, high = (
-            _hfu_with(replace(request, shape=shape), f"{assumed.key}={end}")
+            _hfu_with(replace(request, source=planned.source, shape=shape), f"{assumed.key}={end}")
             for end in (assumed.low, assumed.high)
         )
         found.append(Sensitivity(assumed.key, low, high))
@@ -152,7 +169,7 @@ def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
 
 
 def _hfu_with(request: Request, override: str) -> float | None:
-    source = replace(request.source, overrides=(*request.source.overrides, override))
+    source = request.source.with_settings([override])
     options = replace(request.options, least_memory=False)
     try:
         planned = plan(replace(request, source=source, options=options))

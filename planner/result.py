@@ -7,23 +7,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 from costmodels.memory import Memory
 from costmodels.pipeline import PipelineProgram
-from costmodels.program import Program
+from costmodels.program import ITEM_BYTES, Program
 from costmodels.simulate import Timing
 from costmodels.spread import spread
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.flops import FlopCount
-from planner.model import Model
+from planner.model import DECODE, Model
 from planner.plan import Plan
 from planner.sharding.spec import Spec
 
 
 @dataclass(frozen=True)
 class Result:
-    """A plan of `model` on `mesh`, read. `graph` is the training step.
+    """A plan of `model` on `mesh`, read. `graph` is the step.
 
     `specs`: where every materialised tensor lies (stacked parameters with their stacked
     dimensions). `limit_bytes` is per device; `headroom` the fraction by which the compiler may
@@ -78,6 +79,36 @@ class Result:
         return self.model.tokens / self.timing.step_time_s
 
     @property
+    def bandwidth_utilization(self) -> float | None:
+        """Of a decoding step: parameters and caches, which it has to read once, over what the
+        devices' memories could deliver in its time. Other steps are not about that."""
+        inference = self.model.inference
+        if inference is None or inference.phase != DECODE:
+            return None
+        rate = self.mesh.devices * self.mesh.chip.hbm_bytes_per_s
+        return bytes_to_read(self.graph) / (self.timing.step_time_s * rate)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Keys and values of the sequences, on one device."""
+        sizes = dict(self.mesh.axes)
+        return sum(
+            prod(self.specs[t.name].local_shape(t.shape, sizes)) * ITEM_BYTES[t.dtype]
+            for t in self.model.graph.tensors.values()
+            if t.role == "cache" and t.name not in self.graph.aliases
+        )
+
+    @property
     def _capacity(self) -> float:
-        peak = self.mesh.chip.peak_flops(self.model.training.compute)
+        peak = self.mesh.chip.peak_flops(self.model.workload.compute)
         return self.timing.step_time_s * self.mesh.devices * peak
+
+def bytes_to_read(graph: Graph) -> int:
+    """Bytes of the parameters and caches of which a step reads all, not only some rows."""
+    looked_up = {op.ins[0] for op, _ in graph.walk() if op.attrs.get("onehot") == "take"}
+    tensors = (graph.tensors[name] for name in graph.inputs)
+    return sum(
+        t.elements * ITEM_BYTES[t.dtype]
+        for t in tensors
+        if t.role == "cache" or (t.role == "parameter" and t.name not in looked_up)
+    )

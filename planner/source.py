@@ -39,6 +39,10 @@ class Source:
 
         return load_model(self.text, self.file, self.overrides)
 
+    def with_settings(self, settings: Sequence[str]) -> Source:
+        """The model with more keys set, as KEY=VALUE."""
+        return replace(self, overrides=(*self.overrides, *settings))
+
     @property
     def folder(self) -> Path:
         """Where the model's own relative paths start."""

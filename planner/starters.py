@@ -13,8 +13,9 @@ import yaml
 from pydantic_core import PydanticUndefined
 
 from planner import zoo
-from planner.architectures import ARCHITECTURES
+from planner.architectures import ARCHITECTURES, INFERENCE
 from planner.errors import InputError, nearest
+from planner.model import DECODE
 
 GRAPH = "graph"
 _COMMENT_COLUMN = 28
@@ -28,6 +29,10 @@ training:
   optimizer: adamw          # sgd, momentum, adam, adamw, adafactor
   compute: bf16             # type of matrix products
   remat: full               # none, full, dots, attention, auto: what is recomputed
+"""
+
+_INFERENCE = """\
+# inference: {phase: decode, batch: 8, context: 1024}  # instead of training; or prefill
 """
 
 _GRAPH = """\
@@ -68,6 +73,8 @@ def text(kind: str) -> str:
     words = "sequences" if "sequence" in settings else "examples"
     title = f"A model of kind {kind}, with the numbers of {example['name']}"
     head = _head(title, kind, words, example["mesh"]["topology"], example["training"]["batch"])
+    if DECODE in INFERENCE.get(kind, ()):
+        head += _INFERENCE
     sizes = [f"dims: {_flow(example['dims'])}"] if "dims" in example else []
     lines = [*sizes, "architecture:", f"  kind: {kind}"]
     lines += [_line(name, field, settings) for name, field in _fields(kind).items()]

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from planner.architectures.caching import Cache
 from planner.architectures.settings import Activation, Norm, TransformerBlock
 from planner.graph import expr as ex
 from planner.graph import layers
 from planner.graph.builder import Builder
+from planner.graph.ring import ring_attention
 from planner.graph.structural import reshape
 
 TOKENS = ("B", "S", "D")
@@ -75,11 +77,15 @@ def projected(b: Builder, spec: str, x: str, w: str, name: str, bias: str | None
 
 
 def attended(
-    b: Builder, x: str, memory: str, s: TransformerBlock, causal: bool, prefix: str = ""
-) -> str:
-    """Multi-head attention of x [B, S, D] to memory [B, T, D]: itself, or an encoder's result."""
+    b: Builder, x: str, memory: str, s: TransformerBlock, causal: bool, prefix: str = "",
+    cache: Cache | None = None,
+) -> str:  # fmt: skip
+    """Multi-head attention of x [B, S, D] to memory [B, T, D]: itself, or an encoder's result.
+
+    With a `cache` that decodes, x is one new token and attends to the cache and itself.
+    """
     if s.kv_rank is not None:
-        return _latently_attended(b, x, memory, s, causal, prefix)
+        return _latently_attended(b, x, memory, s, causal, prefix, cache)
     queries = "K G" if s.grouped else "N"
     keys = "" if s.n_kv_heads == 1 else "K" if s.grouped else "N"
 
@@ -96,18 +102,40 @@ def attended(
         return normed(b, y, s.norm, s.biases, f"{prefix}{name}_norm")
 
     q = from_model("q", x, "S", "N", queries)
-    k, v = (from_model(name, memory, "T", keys, keys) for name in "kv")
     name = f"{prefix}attn"
-    mixed = layers.attention(b, q, k, v, causal=causal, name=name, grouped=s.grouped)
+    at = "S" if cache and cache.decodes else "T"
+    k, v = (from_model(n, memory, at, keys, keys) for n in "kv")
+    if cache and cache.decodes:
+        old_k, old_v = cache.recall(b, f"{prefix}k", k), cache.recall(b, f"{prefix}v", v)
+        scale = s.head_size**-0.5
+        mixed = layers.attention_to_cache(
+            b, [(q, old_k)], old_v, cache.filled, scale=scale, name=name
+        )
+    else:
+        if cache:
+            cache.fill(b, f"{prefix}k", k)
+            cache.fill(b, f"{prefix}v", v)
+        if s.attention_blocks is None:
+            mixed = layers.attention(b, q, k, v, causal=causal, name=name, grouped=s.grouped)
+        else:
+            mixed = ring_attention(
+                b, q, k, v, s.attention_blocks, causal=causal, name=name, grouped=s.grouped
+            )
     wo = declared(b, f"{prefix}wo", "N H D", s)
     spec = f"B S {queries} H, {queries} H D -> B S D"
     return projected(b, spec, mixed, wo, f"{prefix}o", biased("bo", "D"))
 
 
 def _latently_attended(
-    b: Builder, x: str, memory: str, s: TransformerBlock, causal: bool, prefix: str
-) -> str:
-    """Attention whose keys and values are made from one narrow vector per position."""
+    b: Builder, x: str, memory: str, s: TransformerBlock, causal: bool, prefix: str,
+    cache: Cache | None,
+) -> str:  # fmt: skip
+    """Attention whose keys and values are made from one narrow vector per position.
+
+    That vector is what a cache remembers. A decoding step makes neither keys nor values of it:
+    queries come down to its width instead, and the mixture goes up to the heads (DeepSeek-AI
+    2024, DeepSeek-V2, section 2.1.2).
+    """
 
     def product(name: str, source: str, at: str, dims: str) -> str:
         """`source` [B, `at`, …] times a parameter w`name` of these dimensions."""
@@ -121,17 +149,43 @@ def _latently_attended(
 
     queries = x if s.q_rank is None else narrowed("q_latent", x, "S", "D Q")
     wide = "D" if s.q_rank is None else "Q"
-    latent = narrowed("kv_latent", memory, "T", "D L")
+    at = "S" if cache and cache.decodes else "T"
+    latent = narrowed("kv_latent", memory, at, "D L")
     q = product("q", queries, "S", f"{wide} N H")
-    k, v = (product(name, latent, "T", "L N H") for name in "kv")
     placed = None
     if s.rope_dim is not None:
         placed = (
-            product("q_rope", queries, "S", f"{wide} N R"), product("k_rope", memory, "T", "D R"),
+            product("q_rope", queries, "S", f"{wide} N R"), product("k_rope", memory, at, "D R"),
         )  # fmt: skip
-    mixed = layers.attention(b, q, k, v, causal=causal, name=f"{prefix}attn", placed=placed)
+    if cache and cache.decodes:
+        mixed = _attended_to_latents(b, q, latent, placed, s, prefix, cache)
+    else:
+        if cache:
+            cache.fill(b, f"{prefix}kv_latent", latent)
+            if placed:
+                cache.fill(b, f"{prefix}k_rope", placed[1])
+        k, v = (product(name, latent, "T", "L N H") for name in "kv")
+        mixed = layers.attention(b, q, k, v, causal=causal, name=f"{prefix}attn", placed=placed)
     wo = declared(b, f"{prefix}wo", "N H D", s)
     return b.einsum("B S N H, N H D -> B S D", mixed, wo, name=f"{prefix}o")
+
+
+def _attended_to_latents(
+    b: Builder, q: str, latent: str, placed: tuple[str, str] | None, s: TransformerBlock,
+    prefix: str, cache: Cache,
+) -> str:  # fmt: skip
+    """The heads' mixtures [B, S, N, H] for one new token, whose `latent` joins the cache."""
+    wk, wv = (declared(b, f"{prefix}w{name}", "L N H", s) for name in "kv")
+    down = b.einsum("B S N H, L N H -> B S N L", q, wk, name=f"{prefix}q_down")
+    latents = cache.recall(b, f"{prefix}kv_latent", latent)
+    parts = [(down, latents)]
+    if placed is not None:
+        parts.append((placed[0], cache.recall(b, f"{prefix}k_rope", placed[1])))
+    scale = (s.head_size + (s.rope_dim or 0)) ** -0.5
+    mixed = layers.attention_to_cache(
+        b, parts, latents, cache.filled, scale=scale, name=f"{prefix}attn"
+    )
+    return b.einsum("B S N L, L N H -> B S N H", mixed, wv, name=f"{prefix}up")
 
 
 def fed_forward(b: Builder, x: str, s: TransformerBlock, prefix: str = "") -> str:
@@ -155,11 +209,11 @@ Feed = Callable[[Builder, str, TransformerBlock, str], str]
 
 def layer(
     b: Builder, x: str, s: TransformerBlock, causal: bool, prefix: str = "",
-    feed: Feed = fed_forward,
+    feed: Feed = fed_forward, cache: Cache | None = None,
 ) -> str:  # fmt: skip
     """One pre-norm transformer layer: x + attention(norm(x)), then + feed-forward(norm(·))."""
     h = normed(b, x, s.norm, s.biases, f"{prefix}ln1")
-    a = attended(b, h, h, s, causal, prefix)
+    a = attended(b, h, h, s, causal, prefix, cache)
     if s.parallel_block:
         return added(b, f"{prefix}x", x, a, feed(b, h, s, prefix))
     return with_feed(b, added(b, f"{prefix}mid", x, a), s, prefix, feed)

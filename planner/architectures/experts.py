@@ -38,7 +38,8 @@ def experts(b: Builder, x: str, s: TransformerBlock, prefix: str = "") -> str:
         raise GraphError(f"{prefix}experts: the settings of a '{s.kind}' name no experts")
     t = b.lookup(x)
     batch, sequence, width = t.shape
-    size = s.group_size or sequence
+    # One token of every sequence, as in decoding, is routed together with the others.
+    size = min(s.group_size or (batch if sequence == 1 else sequence), batch * sequence)
     if batch * sequence % size:
         raise GraphError(
             f"{prefix}experts: groups of {size} do not divide {batch} × {sequence} tokens"

@@ -16,6 +16,7 @@ from planner.architectures.blocks import (
     layer,
     normed,
 )
+from planner.architectures.caching import Cache
 from planner.architectures.experts import experts
 from planner.architectures.settings import (
     Decoder,
@@ -23,11 +24,15 @@ from planner.architectures.settings import (
     Experts,
     LanguageModel,
     MoEDecoder,
+    MoEEncoderDecoder,
     SequenceToSequence,
     TransformerBlock,
 )
+from planner.graph import expr as ex
 from planner.graph import layers
-from planner.graph.builder import Builder
+from planner.graph.builder import Builder, GraphError
+from planner.graph.structural import slice_dim
+from planner.model import Inference
 
 
 def token_input(b: Builder, name: str, batch: int, sequence: int) -> str:
@@ -48,24 +53,29 @@ def embedded(b: Builder, s: LanguageModel, tokens: str, table: str, name: str = 
     return added(b, f"{name}.placed", x, positions)
 
 
-def predicted(b: Builder, s: LanguageModel, x: str, table: str, targets: str) -> str:
-    """The loss: norm, projection to the vocabulary, cross-entropy over all positions."""
+def logits_of(b: Builder, s: LanguageModel, x: str, table: str) -> str:
+    """Norm and projection to the vocabulary."""
     x = normed(b, x, s.norm, s.biases, "ln_f")
     if s.tied_embeddings:
-        logits = b.einsum("B S D, V D -> B S V", x, table, name="logits")
-    else:
-        vocab, width = b.lookup(table).shape
-        unembed = b.param("unembed", (width, vocab), ("D", "V"))
-        logits = b.einsum("B S D, D V -> B S V", x, unembed, name="logits")
-    return layers.cross_entropy(b, logits, targets)
+        return b.einsum("B S D, V D -> B S V", x, table, name="logits")
+    vocab, width = b.lookup(table).shape
+    unembed = b.param("unembed", (width, vocab), ("D", "V"))
+    return b.einsum("B S D, D V -> B S V", x, unembed, name="logits")
 
 
-def sublayers(s: LanguageModel) -> tuple[tuple[str, Feed], ...]:
+def predicted(b: Builder, s: LanguageModel, x: str, table: str, targets: str) -> str:
+    """The loss: cross-entropy over all positions."""
+    return layers.cross_entropy(b, logits_of(b, s, x, table), targets)
+
+
+def sublayers(s: LanguageModel, decodes: bool) -> tuple[tuple[str, Feed], ...]:
     """(prefix of names, feed-forward layer) of the layers that one iteration of a stack runs.
 
     One ordinary layer, or with experts in every n-th layer n - 1 ordinary ones and that layer.
+    `decodes`: whether the layers attend to an encoder, which may have all the experts.
     """
-    if not isinstance(s, Experts):
+    elsewhere = decodes and isinstance(s, MoEEncoderDecoder) and s.experts_in == "encoder"
+    if elsewhere or not isinstance(s, Experts):
         return (("", fed_forward),)
     if s.moe_every == 1:
         return (("", experts),)
@@ -76,7 +86,7 @@ def sublayers(s: LanguageModel) -> tuple[tuple[str, Feed], ...]:
 
 def stacked(
     b: Builder, name: str, count: int, x: str, s: LanguageModel, causal: bool,
-    memory: str | None = None,
+    memory: str | None = None, cache: Cache | None = None,
 ) -> str:  # fmt: skip
     """`count` layers as a repeat called `name`; with `memory` they attend to it, too.
 
@@ -84,19 +94,21 @@ def stacked(
     """
     first = s.dense_first if isinstance(s, MoEDecoder) else 0
     if first:
-        x = _repeated(b, f"first_{name}", first, x, s, causal, (("", fed_forward),), memory)
-    return _repeated(b, name, count - first, x, s, causal, sublayers(s), memory)
+        dense = (("", fed_forward),)
+        x = _repeated(b, f"first_{name}", first, x, s, causal, dense, memory, cache)
+    parts = sublayers(s, memory is not None)
+    return _repeated(b, name, count - first, x, s, causal, parts, memory, cache)
 
 
 def _repeated(
     b: Builder, name: str, count: int, x: str, s: LanguageModel, causal: bool,
-    parts: Sequence[tuple[str, Feed]], memory: str | None,
+    parts: Sequence[tuple[str, Feed]], memory: str | None, cache: Cache | None,
 ) -> str:  # fmt: skip
     body = b.repeat(name, count // len(parts))
     entry = y = body.enter(x)
     for prefix, feed in parts:
         if memory is None:
-            y = layer(body, y, s, causal, prefix, feed)
+            y = layer(body, y, s, causal, prefix, feed, cache)
         else:
             y = cross_layer(body, y, memory, s, prefix, feed)
     return body.end_repeat([(x, entry, y)])[0]
@@ -114,6 +126,45 @@ def language_model(b: Builder, s: Decoder | Encoder | MoEDecoder, batch: int) ->
     x = embedded(b, s, tokens, table)
     x = stacked(b, "layers", s.layers, x, s, not isinstance(s, Encoder))
     return predicted(b, s, x, table, targets)
+
+
+def inferred(
+    b: Builder, s: Decoder | Encoder | MoEDecoder, how: Inference
+) -> tuple[str, dict[str, str | None]]:
+    """A step of inference: its logits, and the caches it hands out with what they take over.
+
+    A decoder predicts only the token after the last one; an encoder's logits are those of all
+    positions.
+    """
+    causal = not isinstance(s, Encoder)
+    cache = Cache.of(b, how) if causal else None
+    decodes = cache is not None and cache.decodes
+    tokens = token_input(b, "tokens", how.batch, 1 if decodes else how.context)
+    table = embedding_table(b, "embed", s.vocab, s)
+    x = placed(b, s, layers.embedding(b, table, tokens, TOKENS, name="x"), cache)
+    x = stacked(b, "layers", s.layers, x, s, causal, cache=cache)
+    if causal and not decodes:
+        x = slice_dim(b, x, "S", how.context - 1, how.context, name="last")
+    logits = logits_of(b, s, x, table)
+    return logits, cache.close(b) if cache else {}
+
+
+def placed(b: Builder, s: LanguageModel, x: str, cache: Cache | None) -> str:
+    """x plus its learned positions, if there are any: the first ones, or that of the new token."""
+    if s.positions != "learned":
+        return x
+    count = b.lookup(x).shape[1]
+    rows = s.sequence
+    limit = cache.how.context if cache else count
+    if limit > rows:
+        raise GraphError(f"positions are learned up to {rows}, a context of {limit} has more")
+    table = b.param("positions", (rows, s.d_model), TOKENS[1:])
+    if cache is not None and cache.decodes:
+        row = layers.embedding(b, table, cache.filled, ("B", "D"), "position")
+        place = ex.add(ex.x(0), ex.x(1))
+        return b.map("x.placed", [(x, TOKENS), (row, ("B", "D"))], TOKENS, place)
+    first = slice_dim(b, table, "S", 0, count, name="first_positions") if count < rows else table
+    return added(b, "x.placed", x, first)
 
 
 def tables(b: Builder, s: LanguageModel, target_vocab: int | None) -> tuple[str, str]:

@@ -72,6 +72,12 @@ class TransformerBlock(Architecture):
         "positions and whose keys all heads share; none if left out",
     )  # fmt: skip
 
+    attention_blocks: Size | None = Field(
+        None, description="attention in as many turns, with blocks of keys and values that move "
+        "on from block to block of queries: ring attention where an axis splits the blocks, and "
+        "little memory where none does; all at once if left out",
+    )  # fmt: skip
+
     @model_validator(mode="after")
     def _heads_fit(self) -> TransformerBlock:
         width = self.head_dim or (HEAD_SIZE if self.heads is None else None)
@@ -94,6 +100,8 @@ class TransformerBlock(Architecture):
         given = [n for n in ("q_rank", "rope_dim") if getattr(self, n) is not None]
         if self.kv_rank is None and given:
             raise ValueError(f"{given[0]} belongs to latent attention: give kv_rank too")
+        if self.kv_rank is not None and self.attention_blocks is not None:
+            raise ValueError("attention_blocks: latent attention is not computed in blocks")
         if self.kv_rank is not None and (self.kv_heads or self.qk_norm or self.biases):
             raise ValueError("kv_rank: latent attention has no kv_heads, qk_norm or biases")
         return self
@@ -183,7 +191,7 @@ class Experts(LanguageModel):
         0, ge=0, description="experts that every token goes to, besides the ones chosen for it"
     )
     group_size: Size | None = Field(
-        None, description="tokens that are routed together; one sequence if left out"
+        None, description="tokens that are routed together, at most all; one sequence if left out"
     )
 
     @model_validator(mode="after")
@@ -273,11 +281,15 @@ class MoEEncoderDecoder(SequenceToSequence, Experts):
     """Encoder and decoder with experts."""
 
     kind: Literal["moe-encoder-decoder"] = "moe-encoder-decoder"
+    experts_in: Literal["both", "encoder"] = Field(
+        "both", description="encoder: the decoder's layers are ordinary ones"
+    )
 
     @model_validator(mode="after")
     def _periods_fit(self) -> MoEEncoderDecoder:
         _whole_periods(self.encoder_layers, self.moe_every, "encoder_layers")
-        _whole_periods(self.decoder_layers, self.moe_every, "decoder_layers")
+        if self.experts_in == "both":
+            _whole_periods(self.decoder_layers, self.moe_every, "decoder_layers")
         return self
 
 

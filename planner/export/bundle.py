@@ -10,9 +10,12 @@ from collections.abc import Callable
 from planner.annotations import axes_by_name
 from planner.errors import InputError, nearest
 from planner.export import annotationfile, jax_annotations, logical_rules, planfile, shardy
-from planner.export.jax_program import result_program
+from planner.export.jax_program import jax_program, result_program
+from planner.export.placement import only
 from planner.export.planfile import PlanFile
 from planner.export.stamp import signature
+from planner.minimal import minimal as fewest
+from planner.progress import Progress
 from planner.report.document import prediction
 from planner.request import Planned
 
@@ -58,3 +61,20 @@ def exporter(form: str) -> Callable[[Planned], str]:
         hint = f"did you mean {near[0]}?" if near else f"formats: {', '.join(FORMATS)}"
         raise InputError(f"no export format {form!r}", hint)
     return FORMATS[form]
+
+
+def minimal(planned: Planned, form: str, progress: Progress | None = None) -> tuple[str, str]:
+    """The fewest annotations that stand for the plan, and a remark about them."""
+    if form not in ("json", "jax-program"):
+        raise InputError(f"--minimal has no format {form!r}", "formats: json, jax-program")
+    found = fewest(planned.result, planned.options, progress)
+    after, before = found.result.timing.step_time_s, found.full.timing.step_time_s
+    remark = (
+        f"{len(found.annotations)} of {found.count} annotations: {', '.join(found.annotations)}; "
+        f"step time {after / before - 1:+.1%} from all of them"
+    )
+    if form == "json":
+        return annotationfile.dump(planned.stamp, found.annotations), remark
+    place = only(found.result, found.annotations)
+    program = jax_program(found.result.model, found.result.mesh, place)
+    return f"# {signature()}\n{program}", remark

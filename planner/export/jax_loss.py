@@ -150,7 +150,7 @@ class LossWriter:
         call = f"lax.scan({function}, {_several(inits)}, {{{items}}}, length={loop.times}{back})"
         return [
             "",
-            *self._decorator(),
+            *(() if loop.of_parts else self._decorator()),
             f"def {function}({argument}, w):",
             *(f"    {line}" if line else "" for line in [*first, *inside]),
             "",

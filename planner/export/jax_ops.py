@@ -269,6 +269,15 @@ def _pad(t: OpText) -> list[Assignment]:
     return _one(f"lax.pad({t.names[0]}, {value}, {config})")
 
 
+def _shift(t: OpText) -> list[Assignment]:
+    """Padding on one side and cutting on the other: XLA exchanges the edges of the blocks."""
+    a, rank = t.op.attrs, len(t.ins[0].shape)
+    if a["wrap"]:
+        return _one(f"jnp.roll({t.names[0]}, {a['by']}, axis={a['axis']})")
+    config = [(a["by"], -a["by"], 0) if i == a["axis"] else (0, 0, 0) for i in range(rank)]
+    return _one(f"lax.pad({t.names[0]}, jnp.zeros((), {t.names[0]}.dtype), {config})")
+
+
 def _cumsum(t: OpText) -> list[Assignment]:
     a, x = t.op.attrs, t.names[0]
     back = ", reverse=True" if a["reverse"] else ""
@@ -379,6 +388,7 @@ WRITERS: dict[str, Callable[[OpText], list[Assignment]]] = {
     "concat": _concat,
     "slice": _slice,
     "pad": _pad,
+    "shift": _shift,
     "cumsum": _cumsum,
     "sort": _sort,
     "conv": _conv,

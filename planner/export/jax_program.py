@@ -17,24 +17,32 @@ from planner.export.jax_optimizers import states_of, update_source
 from planner.export.placement import Placement, placement
 from planner.graph.core import Graph, Tensor
 from planner.model import Model, Training, remat_text
+from planner.pipelining.stacked import stacked
 from planner.result import Result
 from planner.sharding.spec import Spec, replicated
 
 
 def result_program(result: Result) -> str:
     """Source of the program that follows a plan."""
-    return jax_program(result.model, result.mesh, placement(result))
+    model, pipeline, axes = result.model, result.model.pipeline, dict(result.mesh.axes)
+    if pipeline is not None and not pipeline.inside:
+        model = stacked(model, pipeline.axis, axes[pipeline.axis])
+    return jax_program(model, result.mesh, placement(result))
 
 
 def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
     to the compiler (activations)."""
+    if model.inference is not None:
+        raise ExportError(
+            f"{model.name} is planned for {model.inference.phase}: JAX programs are written for "
+            "training steps only; the annotations, those of the cache included, hold for inference"
+        )
     if model.pipeline is not None:
-        nearest = "circular" if model.pipeline.interleave > 1 else "gpipe"
         raise ExportError(
             f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "
-            "programs of their own, which one JAX program cannot hold; the nearest that it could, "
-            f"schedule {nearest} with inside: false, is not written yet"
+            "programs of their own, which one JAX program cannot hold; the nearest that it can is "
+            "schedule gpipe with inside: false"
         )
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place)

@@ -7,7 +7,7 @@ makes the compiler replicate whole batches or tables (seen on a 480B encoder, a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 from planner.graph.builder import contraction_sizes
@@ -56,6 +56,18 @@ def placement(result: Result) -> Placement:
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
     return Placement(result.specs, uses, sums)
+
+
+def only(result: Result, names: Collection[str]) -> Placement:
+    """Where the arguments lie, and of the activations only the named ones: all else is the
+    compiler's."""
+    graph = result.model.graph
+    activations = {
+        name for name, tensor in graph.all_tensors().items()
+        if name not in graph.inputs and tensor.role != "parameter"
+    }  # fmt: skip
+    left_out = activations.difference(names)
+    return Placement({name: s for name, s in result.specs.items() if name not in left_out})
 
 
 def _operands(op: Op, result: Result) -> dict[str, Spec]:

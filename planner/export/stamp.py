@@ -75,7 +75,7 @@ def model_hash(model: Model) -> str:
     """The front end's digest, or one over the graph for models made without a file."""
     if model.digest:
         return model.digest
-    what = (model.graph, model.training, sorted(model.constraints.items()))
+    what = (model.graph, model.workload, sorted(model.constraints.items()))
     return hashlib.sha256(repr(what).encode()).hexdigest()
 
 

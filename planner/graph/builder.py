@@ -46,6 +46,7 @@ class Builder:
     inputs: list[str] = field(default_factory=list)
     shared: dict[str, None] = field(default_factory=dict)
     reads: list[Stack] = field(default_factory=list)
+    writes: list[Stack] = field(default_factory=list)
     times: int = 1
     phase: str = "forward"
     _casts: dict[str, str] = field(default_factory=dict)
@@ -88,33 +89,48 @@ class Builder:
 
     def param(self, name: str, shape: Sequence[int], dims: Sequence[str]) -> str:
         """A parameter of this scope; inside `repeat` it is one slice of a stacked parameter."""
-        if self.parent is None:
-            full = self.unique(name)
-            self.inputs.append(full)
-            return self.declare(
-                Tensor(full, tuple(shape), self.param_dtype, tuple(dims), "parameter")
-            )
-        full = self.unique(name)
-        own = full + "[i]" * self._depth()
-        inner = self.declare(
-            Tensor(own, tuple(shape), self.param_dtype, tuple(dims), "parameter")
+        return self.argument(
+            Tensor(name, tuple(shape), self.param_dtype, tuple(dims), "parameter")
         )
-        outer = self.parent._adopt(full, (self.times, *shape), ("layers", *dims))
-        self.reads.append(Stack(outer, inner))
+
+    def argument(self, tensor: Tensor) -> str:
+        """Something every step is given, named in this scope; inside `repeat` every run has its
+        own, one slice of a stack."""
+        whole = replace(tensor, name=self.unique(tensor.name))
+        if self.parent is None:
+            self.inputs.append(whole.name)
+            return self.declare(whole)
+        return self._sliced(whole, self.parent, "layers")
+
+    def _sliced(self, tensor: Tensor, parent: Builder, dim: str) -> str:
+        """One slice of a stack along `dim` that `parent` declares under the tensor's name."""
+        inner = self.declare(replace(tensor, name=tensor.name + "[i]" * self._depth()))
+        stack = replace(tensor, shape=(self.times, *tensor.shape), dims=(dim, *tensor.dims))
+        self.reads.append(Stack(parent._adopt(stack), inner))
         return inner
 
-    def _adopt(self, full: str, shape: tuple[int, ...], dims: tuple[str, ...]) -> str:
-        """A stacked parameter of an inner scope, declared by this one."""
-        if dims.count("repeats") > 1:  # the names of dimensions are distinct
-            raise GraphError(f"{full}: parameters can be stacked by two repeats, not by three")
-        tensor = Tensor(full, shape, self.param_dtype, dims, "parameter")
+    def _adopt(self, tensor: Tensor) -> str:
+        """A stacked argument of an inner scope, declared by this one."""
+        if tensor.dims.count("repeats") > 1:  # the names of dimensions are distinct
+            raise GraphError(
+                f"{tensor.name}: parameters can be stacked by two repeats, not by three"
+            )
         if self.parent is None:
-            self.inputs.append(full)
+            self.inputs.append(tensor.name)
             return self.declare(tensor)
-        inner = self.declare(replace(tensor, name=full + "[i]" * self._depth()))
-        outer = self.parent._adopt(full, (self.times, *shape), ("repeats", *dims))
-        self.reads.append(Stack(outer, inner))
-        return inner
+        return self._sliced(tensor, self.parent, "repeats")
+
+    def leave(self, inner: str, stack: str, role: str) -> str:
+        """What every run of this repeat makes as `inner`, stacked for its parent as `stack`."""
+        if self.parent is None:
+            raise GraphError("only a repeat leaves stacks")
+        made = self.lookup(inner)
+        outer = replace(
+            made, name=self.parent.unique(stack), role=role,
+            shape=(self.times, *made.shape), dims=("layers", *made.dims),
+        )  # fmt: skip
+        self.writes.append(Stack(self.parent.declare(outer), inner))
+        return outer.name
 
     def _depth(self) -> int:
         return 0 if self.parent is None else 1 + self.parent._depth()
@@ -301,8 +317,8 @@ class Builder:
             parent.lookup(name)
         body = Graph(dict(self.tensors), tuple(self.nodes))
         loop = Loop(
-            self.prefix[:-1], self.times, body, tuple(loop_carries), tuple(self.reads), (),
-            tuple(self.shared), phase=self.phase,
+            self.prefix[:-1], self.times, body, tuple(loop_carries), tuple(self.reads),
+            tuple(self.writes), tuple(self.shared), phase=self.phase,
         )  # fmt: skip
         parent.nodes.append(loop)
         return tuple(k.result for k in loop_carries)

@@ -18,7 +18,9 @@ from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
-ROLES = ("input", "parameter", "state", "gradient", "residual", "activation", "scalar")
+ROLES = (
+    "input", "parameter", "state", "cache", "gradient", "residual", "activation", "scalar",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,7 +106,8 @@ class Stack:
 class Loop:
     """`times` executions of `body`; `reads` are sliced, `writes` stacked, `shared` passed whole.
 
-    With `reverse` the iterations run from the last slice to the first.
+    With `reverse` the iterations run from the last slice to the first. Those of a loop `of_parts`
+    work on parts of the batch: what each gives to a gradient is added up in full precision.
     Body tensors in `shared` keep their outer name.
     """
 
@@ -117,6 +120,7 @@ class Loop:
     shared: tuple[str, ...] = ()
     reverse: bool = False
     phase: str = "forward"
+    of_parts: bool = False
 
     @property
     def ins(self) -> tuple[str, ...]:

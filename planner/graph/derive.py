@@ -39,7 +39,6 @@ class Boundary:
 
 
 ACCUMULATE = "accumulate"  # the loop over parts of the batch
-TICKS = "ticks"  # the loop in which all stages of a pipeline in one program work at once
 
 
 def all_parts(tensor: str) -> str:
@@ -60,6 +59,13 @@ def sent_parts(tensor: str) -> str:
 def given_gradient(parameter: str, giver: int) -> str:
     """The gradient that another piece, number `giver`, has for a shared parameter."""
     return f"{parameter}.grad.of{giver}"
+
+
+def step_of(model: Model, keep: Collection[str] = ()) -> Graph:
+    """What a step runs. That of inference is the model's graph itself."""
+    if model.inference is not None:
+        return fuse_graph(model.graph, keep)
+    return training_step(model, keep)
 
 
 def training_step(model: Model, keep: Collection[str] = ()) -> Graph:
@@ -187,10 +193,11 @@ def _close_accumulation(
     nodes = fuse_nodes(scope.nodes, scope.tensors, keep=carried | left | {*keep})
     scope.nodes = list(nodes)
     scope.prefix = f"{ACCUMULATE}."
+    scope.writes = list(writes)
     results = list(scope.end_repeat(carries))
     loop = outer.nodes[-1]
     if isinstance(loop, Loop):
-        outer.nodes[-1] = replace(loop, writes=tuple(writes))
+        outer.nodes[-1] = replace(loop, of_parts=True)
     for name in results:
         outer.declare(replace(outer.lookup(name), role="gradient"))
     mean = results.pop(0) if loss else ""
@@ -358,37 +365,38 @@ class LoopBackward:
         inner.add(stack.inner, name)
         return Stack(cotangent, name)
 
-    def _seed(self, scope: Builder, inner: Backward) -> dict[str, tuple[str, str]]:
-        """Cotangents of the carries enter the body: entry name → (outer init, inner entry)."""
+    def _seed(self, scope: Builder, inner: Backward) -> dict[str, tuple[Carry, str]]:
+        """Cotangents of the carries enter the body: entry name → (carry, inner entry)."""
         entries = {}
         for carry in self.loop.carries:
-            if self.outer.b.lookup(carry.result).dtype[0] not in "bf":
+            result = self.outer.b.lookup(self.cotangents.get(carry.result, carry.result))
+            if result.dtype[0] not in "bf":
                 continue
-            init = self.cotangents.get(carry.result) or _zeros(self.outer.b, carry.result)
-            like = self.outer.b.lookup(init)
             name = scope.unique(f"{carry.exit}.grad.in")
             dims = scope.lookup(carry.exit).dims
-            scope.declare(replace(like, name=name, dims=dims, role="activation"))
+            scope.declare(replace(result, name=name, dims=dims, role="activation"))
             inner.add(carry.exit, name)
-            entries[carry.entry] = (init, name)
+            entries[carry.entry] = (carry, name)
         return entries
 
     def _close(
         self,
         scope: Builder,
         inner: Backward,
-        carries: Mapping[str, tuple[str, str]],
+        carries: Mapping[str, tuple[Carry, str]],
         wanted_reads: Sequence[Stack],
         wanted_shared: Sequence[str],
         given: Sequence[Stack],
     ) -> None:
         outer = self.outer
         loop_carries: list[Carry] = []
-        for entry, (init, name) in carries.items():
-            exit_ = inner.take(entry) or _zeros(scope, entry)
-            exit_ = _own(scope, exit_, name)
-            forward = next(k.init for k in self.loop.carries if k.entry == entry)
-            loop_carries.append(self._carry(init, name, exit_, f"{entry}.grad.out", forward))
+        for entry, (forward, name) in carries.items():
+            after, before = self.cotangents.get(forward.result), inner.take(entry)
+            if not (after or before or forward.exit in inner.differentiable):
+                continue  # a stabiliser: nothing depends on it
+            init = after or _zeros(outer.b, forward.result)
+            exit_ = _own(scope, before or _zeros(scope, entry), name)
+            loop_carries.append(self._carry(init, name, exit_, f"{entry}.grad.out", forward.init))
         for shared in wanted_shared:
             gradient = inner.take(shared)
             if gradient is not None:
@@ -442,7 +450,7 @@ class LoopBackward:
         """A tensor read whole by every iteration: its gradients are summed in a carry."""
         b = self.outer.b
         tensor = scope.lookup(gradient)
-        summed = self.loop.name == TICKS  # as over parts of the batch
+        summed = self.loop.of_parts
         if summed:
             tensor = replace(tensor, dtype="f32", role="gradient")
         init = _zeros(b, gradient, tensor, summed)
@@ -566,8 +574,8 @@ class Saved:
             return False
         if policy == "none":
             return True
-        if self.loop.name == TICKS:
-            return True  # its microbatches recompute layer by layer
+        if self.loop.of_parts:
+            return True  # parts of the batch recompute layer by layer
         if isinstance(producer, Loop):
             # What an inner loop saves or results in is not redone.
             return policy not in RECOMPUTES_ALL

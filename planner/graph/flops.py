@@ -1,4 +1,4 @@
-"""What a training step counts as: model FLOPs and hardware FLOPs, for MFU and HFU.
+"""What a step counts as: model FLOPs and hardware FLOPs, for MFU and HFU.
 
 Model FLOPs are two per multiply-add of the forward pass's products (matmuls, convolutions,
 attention), times three for a step that trains: the backward pass costs twice the forward one.

@@ -6,6 +6,7 @@ Nothing here knows sharding: what a layer may do on a mesh follows from its prim
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import prod
 
 from planner.graph import expr as ex
@@ -162,6 +163,88 @@ def attention(
         )  # fmt: skip
     p = softmax(b, scores, "T", f"{name}.probs", ("S", "T") if causal else None)
     return b.einsum(f"B {heads} S T, {vd} -> {qd}", p, v, name=f"{name}.mix")
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Keys or values: `old` [B, T, …] of earlier steps, `own` [B, S, …] of the one token (S = 1)
+    that this step adds. Without a dimension of heads, all heads of queries share them."""
+
+    old: str
+    own: str
+
+
+def attention_to_cache(
+    b: Builder, parts: Sequence[tuple[str, Remembered]], values: Remembered, filled: str, *,
+    scale: float, name: str = "attn",
+) -> str:  # fmt: skip
+    """softmax(scale · Σ q·kᵀ)·v for one new token, over a cache and the token itself.
+
+    `parts`: queries [B,S,heads…,X] and their keys. Of the cache the first `filled` [B] slots
+    count. The softmax over both is taken without writing the new keys into the cache first:
+    that would move all of it.
+    """
+    first = b.lookup(parts[0][0]).dims
+    heads = first[2:-1]
+    lead = ("B", *heads, "S")
+    old = _scores(b, [(q, k.old) for q, k in parts], (*lead, "T"), scale, f"{name}.scores")
+    own = _scores(b, [(q, k.own) for q, k in parts], lead, scale, f"{name}.own_scores")
+    slots, all_slots = [(old, (*lead, "T")), (filled, ("B",))], (*lead, "T")
+    seen = ex.call("where", ex.call("gt", ex.x(1), ex.index("T")), ex.x(0), ex.c(MASKED))
+    top = b.map(f"{name}.max", slots, lead, seen, dtype="f32", combiner="max")
+    largest = ex.call("max", ex.x(2), ex.x(3))
+    power = ex.call("exp", ex.sub(seen, largest))
+    known = [*slots, (top, lead), (own, lead)]
+    total = b.map(f"{name}.sum", known, lead, power, dtype="f32")
+    own_power = ex.call("exp", ex.sub(ex.x(3), largest))
+    probs = b.map(
+        f"{name}.probs", [*known, (total, lead)], all_slots,
+        ex.div(power, ex.add(ex.x(4), own_power)),
+    )  # fmt: skip
+    v = b.lookup(values.old).dims
+    out = (*first[:-1], v[-1])
+    mixed = b.map(
+        f"{name}.mix", [(probs, all_slots), (values.old, v)], out, ex.mul(ex.x(0), ex.x(1))
+    )
+    largest = ex.call("max", ex.x(1), ex.x(2))
+    own_power = ex.call("exp", ex.sub(ex.x(2), largest))
+    share = ex.div(own_power, ex.add(ex.x(3), own_power))
+    operands = [
+        (mixed, out), (top, lead), (own, lead), (total, lead),
+        (values.own, b.lookup(values.own).dims),
+    ]  # fmt: skip
+    return b.map(f"{name}.all", operands, out, ex.add(ex.x(0), ex.mul(share, ex.x(4))))
+
+
+def _scores(
+    b: Builder, parts: Sequence[tuple[str, str]], out: Sequence[str], scale: float, name: str
+) -> str:
+    """The scaled products of queries and keys, added up over the parts."""
+    value = ex.mul(ex.mul(ex.x(0), ex.x(1)), ex.c(scale))
+    found = [
+        b.map(
+            f"{name}.{k.dims[-1].lower()}" if len(parts) > 1 else name,
+            [(q, b.lookup(q).dims), (k.name, k.dims)], out, value,
+        )
+        for q, k in ((q, b.lookup(k)) for q, k in parts)
+    ]  # fmt: skip
+    total = found[0]
+    for part in found[1:]:
+        total = b.map(
+            name, [(total, out), (part, out)], out, ex.add(ex.x(0), ex.x(1)),
+            attrs={"epilogue": True},
+        )  # fmt: skip
+    return total
+
+
+def appended(b: Builder, cache: str, new: str, slots: str, name: str) -> str:
+    """`cache` […, B, T, …] with `new` […, B, …] written in slot `slots` [B] of every sequence."""
+    t = b.lookup(cache)
+    value = ex.call("where", ex.call("eq", ex.x(2), ex.index("T")), ex.x(1), ex.x(0))
+    return b.map(
+        name, [(cache, t.dims), (new, b.lookup(new).dims), (slots, ("B",))], t.dims, value,
+        dtype=t.dtype, attrs={"onehot": "put"}, roles=[t.role],
+    )  # fmt: skip
 
 
 def embedding(b: Builder, table: str, ids: str, out: Sequence[str], name: str = "embed") -> str:

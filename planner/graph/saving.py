@@ -24,7 +24,7 @@ def chain(
     """Growing sets of values to save, at most LINKS of them, evenly spread over their bytes; the
     empty set and the largest are left out, for they are the policies full and none. `seconds` of
     one execution of an op compares ops, no more."""
-    graph = training_step(replace(model, training=replace(model.training, remat="full")), keep)
+    graph = training_step(replace(model, workload=replace(model.training, remat="full")), keep)
     bodies = [_Body(loop, seconds, item_bytes) for loop in _backward_loops(graph.nodes)]
     order: list[tuple[str, int]] = []  # value and bytes, best first
     while any(body.gains() for body in bodies):

@@ -419,8 +419,11 @@ def _max_pool_vjp(
     return {0: emit(b, "max_pool_dx", ins, [out], rule, op.attrs)[0]}
 
 
-def shift(b: Builder, x: str, dim: int | str, by: int, name: str = "shift") -> str:
-    """x moved by `by` places along one dimension; zeros come in where nothing does."""
+def shift(
+    b: Builder, x: str, dim: int | str, by: int, name: str = "shift", wrap: bool = False
+) -> str:
+    """x moved by `by` places along one dimension; zeros come in where nothing does, with `wrap`
+    what goes out at the other end."""
     axis, t = axis_of(b, name, x, dim), b.lookup(x)
     w = Window((t.shape[axis],), (1,), (1,), (1,), ((by, -by),))
     found = FactorList()
@@ -434,15 +437,17 @@ def shift(b: Builder, x: str, dim: int | str, by: int, name: str = "shift") -> s
         tuple(found.factors), (_single(own),), (_single(moved),), ((0,),),
         windows=((own[axis], outer),),
     )  # fmt: skip
-    attrs = {**w.attrs(), "visits": tuple(moved), "work": 0, "axis": axis, "by": by}
+    attrs = {
+        **w.attrs(), "visits": tuple(moved), "work": 0, "axis": axis, "by": by, "wrap": wrap,
+    }  # fmt: skip
     return emit(b, "shift", (x,), [replace(t, name=name, role="activation")], rule, attrs)[0]
 
 
 def _shift_vjp(
     b: Builder, op: Op, cotangents: Mapping[str, str], wanted: Sequence[int]
 ) -> dict[int, str]:
-    back = shift(b, cotangents[op.outs[0]], op.attrs["axis"], -op.attrs["by"], f"{op.ins[0]}.grad")
-    return {0: back}
+    a, name = op.attrs, f"{op.ins[0]}.grad"
+    return {0: shift(b, cotangents[op.outs[0]], a["axis"], -a["by"], name, a["wrap"])}
 
 
 def upsample(b: Builder, x: str, *, factor: PerDim, name: str = "upsample") -> str:

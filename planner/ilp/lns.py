@@ -27,6 +27,8 @@ FIRST_SIZE = 150
 SMALLEST, LARGEST = 20, 3000
 GROW, SHRINK = 1.15, 0.7
 """Free nodes of a neighbourhood: it grows when solved to the end, shrinks when cut short."""
+LARGEST_CELLS = 300_000
+"""Matrix entries of a neighbourhood: they decide how long its relaxation takes."""
 NODES = 400
 """Branch-and-bound nodes for one neighbourhood."""
 SECONDS = 8.0
@@ -61,7 +63,8 @@ class Neighbourhoods:
 
     def step(self, clock: Clock) -> bool:
         """Tries one neighbourhood; True if the incumbent became better."""
-        return self.over(self._pick(), self._allowed(), clock, resize=True)
+        allowed = self._allowed()
+        return self.over(self._small(self._pick(), allowed), allowed, clock, resize=True)
 
     def over(
         self, free: list[int], allowed: list[Mask] | None, clock: Clock, *, resize: bool = False
@@ -107,6 +110,18 @@ class Neighbourhoods:
         if self.rng.random() < 0.25:
             return self._window(int(starts[0]), count)
         return self._ball([int(n) for n in starts], count)
+
+    def _small(self, free: list[int], allowed: list[Mask] | None) -> list[int]:
+        """The first of these nodes whose matrices are not too large together; at least one."""
+        size = {n: self.work.size(n) if allowed is None else int(allowed[n].sum()) for n in free}
+        kept: set[int] = set()
+        cells = 0
+        for n in free:
+            cells += size[n] * sum(size[m] for m in self.work.adj[n] if m in kept)
+            if kept and cells > LARGEST_CELLS:
+                break
+            kept.add(n)
+        return list(kept)
 
     def _odds(self) -> Vector | None:
         """Half uniform, half by what the dual regrets in the present strategies."""

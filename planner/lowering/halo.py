@@ -2,6 +2,7 @@
 
 For every operand that a shard reads beyond its own block: the edges of the neighbours' blocks
 are handed over, and one pass puts them around the block (with padding where there is nothing).
+Where a shard reads just its neighbour's block, handing it over is all.
 The geometry is that of `planner.sharding.halo`.
 """
 
@@ -23,17 +24,19 @@ Shape = tuple[int, ...]
 @dataclass(frozen=True)
 class Halo:
     """What happens to operand `slot`: `low` and `high` are the shapes of the pieces from the
-    neighbours (None: nothing is needed), `result` that of what the op then reads."""
+    neighbours (None: nothing is needed), `result` that of what the op then reads. `kernel` joins
+    them, if there is anything to join."""
 
     read: Read
     low: Shape | None
     high: Shape | None
     result: Shape
-    kernel: Kernel
+    kernel: Kernel | None
 
     def bytes(self, dtype: str) -> int:
         """Memory of the pieces and of the result."""
-        shapes = [shape for shape in (self.low, self.high, self.result) if shape]
+        joined = self.result if self.kernel is not None else None
+        shapes = [shape for shape in (self.low, self.high, joined) if shape]
         return sum(prod(shape) for shape in shapes) * ITEM_BYTES[dtype]
 
 
@@ -62,6 +65,8 @@ def _halo(op: Op, read: Read, shape: Shape, tensor: Tensor) -> Halo:
 
     low, high = (wide(n) if n else None for n in (read.low, read.high))
     result = wide(read.length)
+    if read.whole_blocks:
+        return Halo(read, low, high, result, None)
     factors = (
         Factor("shard", 1),
         *(Factor(f"d{i}", n) for i, n in enumerate(shape)),
@@ -72,7 +77,7 @@ def _halo(op: Op, read: Read, shape: Shape, tensor: Tensor) -> Halo:
     ins = [name for name, piece in (("low", low), ("own", shape), ("high", high)) if piece]
     attrs = {
         "dim": read.dim, "own": read.own, "size": read.size, "low": read.low,
-        "starts": read.starts, "length": read.length, "fill": read.fill,
+        "starts": read.starts, "length": read.length, "fill": read.fill, "wrap": read.wrap,
     }  # fmt: skip
     rule = Rule(factors, (own,) * len(ins), (made,))
     payload = Op(f"{op.name}.halo", "halo", tuple(ins), ("out",), rule, attrs, op.phase)

@@ -132,7 +132,7 @@ class _Lowering:
         """Edges of the neighbours' blocks around the block in `source`."""
         name, axes, dim = op.ins[halo.read.slot], halo.read.axes, halo.read.dim
         dtype = self.buffers[source].dtype
-        parts = [source]
+        parts = [source] if halo.kernel is not None else []
         for shift, shape in ((1, halo.low), (-1, halo.high)):
             if shape is None:
                 continue
@@ -140,9 +140,12 @@ class _Lowering:
             size = self.buffers[piece].bytes
             out.append(
                 Collective("collective-permute", axes, source, piece, size, dim, order=axes,
-                           tensor=name, phase=op.phase, shift=shift, width=shape[dim])
+                           tensor=name, phase=op.phase, shift=shift, width=shape[dim],
+                           wrap=halo.read.wrap)
             )  # fmt: skip
             parts.insert(0 if shift > 0 else len(parts), piece)
+        if halo.kernel is None:
+            return parts[0]
         result = self.local_buffer(name, halo.result, dtype, "temporaries")
         out.append(Compute(halo.kernel, tuple(parts), (result,), op.phase))
         return result
@@ -185,7 +188,7 @@ class _Lowering:
         role = self.tensors[name].role
         if role == "gradient":
             return "gradients"
-        if role in ("parameter", "state"):
+        if role in ("parameter", "state", "cache"):
             return "temporaries"
         if name.endswith(".grad") or ".grad_" in name:
             return "temporaries"

@@ -46,6 +46,8 @@ def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
     rule = op.rule
     if op.kind == "reshape":
         return 0.0  # another view
+    if op.kind == "shift" and set(op.attrs["padding"]) == {(0, 0)}:
+        return 0.0  # what a shard reads has moved already
     reads = [
         local_elements(rule, d) * ITEM_BYTES[tensors[t].dtype]
         for t, d in zip(op.ins, rule.ins, strict=True)
@@ -58,6 +60,8 @@ def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
         return _picked_bytes(op, tensors)
     if op.attrs.get("onehot") == "take":
         return float(reads[1] + 2 * writes[0])  # only the rows looked up are read
+    if op.attrs.get("onehot") == "put":
+        return float(2 * reads[1] + reads[2])  # in place: only the rows that are new
     if op.attrs.get("epilogue"):
         return float(sum(reads[1:]))  # products add the others' results into their own
     return float(sum(reads) + sum(writes))

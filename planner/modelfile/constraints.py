@@ -14,7 +14,7 @@ Axes = tuple[tuple[str, ...], ...]
 
 def unstacked(graph: Graph) -> dict[str, Tensor]:
     """Every tensor that can be annotated, with its dimensions as an annotation counts them: those
-    that repeats put in front of a parameter are left out."""
+    that repeats put in front of a parameter or a cache are left out."""
     found = {name: t for name, t in graph.all_tensors().items() if "[i]" not in name}
     for name, inner in _slices(graph).items():
         if name in found:
@@ -28,7 +28,7 @@ def _slices(graph: Graph) -> dict[str, Tensor]:
     for node in graph.nodes:
         if isinstance(node, Loop):
             deeper = _slices(node.body)
-            for stack in node.reads:
+            for stack in (*node.reads, *node.writes):
                 found[stack.outer] = deeper.get(stack.inner, node.body.tensors[stack.inner])
     return found
 

@@ -22,7 +22,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from planner.model import OPTIMIZERS, REMAT_POLICIES, SCHEDULES, Pipeline, Training
+from planner.model import (
+    OPTIMIZERS,
+    PHASES,
+    REMAT_POLICIES,
+    SCHEDULES,
+    Pipeline,
+    Training,
+)
 
 LARGEST = 2**48  # far above any size in use; keeps products of a few sizes printable
 
@@ -122,6 +129,18 @@ class TrainingFields(_Strict):
     pipeline_microbatches: Size = Field(1, description="parts of the batch in a pipeline")
 
 
+class InferenceFields(_Strict):
+    phase: Literal[PHASES] = Field(  # type: ignore[valid-type]
+        description="prefill: prompts are read; decode: every sequence gets one more token"
+    )
+    batch: Size = Field(description="sequences that are worked on at once")
+    context: Size = Field(description="tokens of a prompt; decode: slots of the cache")
+    compute: Literal["bf16", "f16", "f32"] = Field(
+        "bf16", description="type of activations, matrix products and the cache"
+    )
+    params: Literal["f32", "bf16", "f16"] = Field("bf16", description="type of stored parameters")
+
+
 class PipelineFields(_Strict):
     axis: Name = Field(description="mesh axis along which the layers are dealt out")
     schedule: Literal[SCHEDULES] = Field(  # type: ignore[valid-type]
@@ -195,7 +214,8 @@ class AssumedFields(_Strict):
 
 
 class File(_Strict):
-    """A model: its graph or architecture, how it is trained and, optionally, on which mesh."""
+    """A model: its graph or architecture, how it is trained or used and, optionally, on which
+    mesh."""
 
     schema_version: Literal[1] = Field(1, description="version of this format")
     name: Name | None = Field(None, description="name of the model; else that of the file")
@@ -206,7 +226,9 @@ class File(_Strict):
     dims: dict[Name, Size] = Field({}, description="named sizes; a dim may be made of others")
     training: TrainingFields | None = Field(None, description="how a step is trained")
     pipeline: PipelineFields | None = Field(None, description="layers in stages along a mesh axis")
-    inference: dict[str, Any] | None = Field(None, description="not supported yet")
+    inference: InferenceFields | None = Field(
+        None, description="a step of inference instead of training"
+    )
     architecture: dict[str, Any] | None = Field(None, description="a named builder: kind, sizes")
     graph: Graph | None = Field(None, description="a model of one's own: inputs, params, ops")
     constraints: dict[str, list[Axes]] = Field(

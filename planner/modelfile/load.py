@@ -1,8 +1,8 @@
 """From the text of a model file to a Model, or all that is wrong with it.
 
-The steps: tree → overrides → sections against their fields → dims → training → mesh → graph →
-constraints and assumptions. A step whose input is broken is left out or works on what is known,
-so that one run reports every mistake once.
+The steps: tree → overrides → sections against their fields → dims → training or inference →
+mesh → graph → constraints and assumptions. A step whose input is broken is left out or works on
+what is known, so that one run reports every mistake once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,15 @@ from meshes import MeshError
 from meshes.yamltree import Listing, Node, Place, Scalar, Table, YamlProblem, parse, read_text
 from planner.graph.builder import GraphError
 from planner.graph.core import Graph
-from planner.model import SEVERAL_CHUNKS, STACKED, Assumed, Model, Pipeline, Training
+from planner.model import (
+    SEVERAL_CHUNKS,
+    STACKED,
+    Assumed,
+    Inference,
+    Model,
+    Pipeline,
+    Training,
+)
 from planner.modelfile import compile as graphs
 from planner.modelfile import fields, named, overriding, validate
 from planner.modelfile.constraints import check_constraints
@@ -57,7 +65,8 @@ def load_model(text: str, file: str, overrides: Sequence[str] = ()) -> Model:
         findings.add("wrong-type", "a model file is a YAML mapping", root.place)
         raise ModelErrors(findings.diagnostics)
     changed = overriding.apply(root, overrides, findings)
-    model = _Loader(root, file, findings, changed).model()
+    gone = overriding.settle(root, changed)
+    model = _Loader(root, file, findings, changed, gone).model()
     if model is None or findings.diagnostics:
         raise ModelErrors(findings.diagnostics)
     return model
@@ -69,9 +78,11 @@ class _Loader:
     file: str
     findings: Findings
     changed: tuple[str, ...]
+    gone: frozenset[str]  # sections that `changed` has replaced by others
     data: dict[str, Any] = field(default_factory=dict)
     dims: Dims = field(default_factory=Dims)
     training: Training | None = None
+    inference: Inference | None = None
     sequence: int | None = None
     shape: Mapping[str, int] | None = None
 
@@ -80,20 +91,21 @@ class _Loader:
         self._required()
         self.dims = self._dims({})
         self.training = self._training()
+        self.inference = self._inference()
         mesh = self._mesh()
         pipeline = self._pipeline()
         graph, settings = self._graph()
         constraints = self._constraints(graph) if graph else {}
         assumed = self._assumed()
-        training = self.training
-        if self.findings.diagnostics or graph is None or training is None:
+        workload = self.workload
+        if self.findings.diagnostics or graph is None or workload is None:
             return None
         shape = mesh.shape if mesh else None
         return Model(
             name=self.data.get("name") or _stem(self.file),
             graph=graph,
-            training=training,
-            tokens=self._tokens(graph, settings, training),
+            workload=workload,
+            tokens=self._tokens(graph, settings, workload),
             pipeline=pipeline,
             mesh=mesh.topology if mesh else None,
             shape=shape,
@@ -101,8 +113,12 @@ class _Loader:
             constraints=constraints,
             assumed=assumed,
             published_parameters=self.data.get("published_parameters"),
-            digest=self._digest(settings, training, pipeline),
+            digest=self._digest(settings, workload, pipeline),
         )
+
+    @property
+    def workload(self) -> Training | Inference | None:
+        return self.inference or self.training
 
     def _add(self, code: str, message: str, place: Place, hint: str = "") -> None:
         self.findings.add(code, message, place, hint)
@@ -110,13 +126,13 @@ class _Loader:
     def _required(self) -> None:
         """Keys that a file needs or that exclude each other."""
         has = self.root.names()
-        inference, graph = self.root.key("inference"), self.root.key("graph")
-        if inference:
-            message = "inference is not supported yet: plans are for training steps"
-            self._add("not-supported", message, inference.place, "use training:")
+        graph = self.root.key("graph")
+        if "inference" in has:
+            self._only_inference()
         elif "training" not in has:
             hint = "for example training: {batch: 256, optimizer: adamw}"
-            self._add("missing-key", "the file lacks the key 'training'", self.root.place, hint)
+            message = "the file lacks the key 'training' or 'inference'"
+            self._add("missing-key", message, self.root.place, hint)
         if graph and "architecture" in has:
             message = "a model has either an architecture or a graph"
             self._add("conflicting-keys", message, graph.place)
@@ -125,7 +141,20 @@ class _Loader:
             message = "the file lacks the key 'architecture' or 'graph'"
             self._add("missing-key", message, self.root.place, hint)
 
-    # ---- dims and training -------------------------------------------------------------------
+    def _only_inference(self) -> None:
+        """What a file with inference cannot have."""
+        for name in ("training", "pipeline"):
+            key = self.root.key(name)
+            if key:
+                hint = "a plan is for one kind of step: keep one of them"
+                self._add("conflicting-keys", f"inference excludes {name}", key.place, hint)
+        graph, inference = self.root.key("graph"), self.root.key("inference")
+        if graph and inference:
+            message = "inference of a graph is not supported: only an architecture knows its cache"
+            hint = "architecture: {kind: decoder, …}"
+            self._add("not-supported", message, inference.place, hint)
+
+    # ---- dims and workload -------------------------------------------------------------------
 
     def _dims(self, replaced: Mapping[str, int]) -> Dims:
         """Sizes of the dims, some of them `replaced`. Errors are noted the first time only."""
@@ -161,12 +190,12 @@ class _Loader:
         values = given.model_dump()
         sizes = {}
         for key in _TRAINING_SIZES:
-            size = self._training_size(key, values[key])
+            size = self._size("training", key, values[key])
             if size is not None:
                 sizes[key] = size
         sequence = values.pop("sequence")
         if sequence is not None:
-            self.sequence = self._training_size("sequence", sequence)
+            self.sequence = self._size("training", "sequence", sequence)
         if len(sizes) < len(_TRAINING_SIZES):
             return None
         batch, steps, parts = (sizes[key] for key in _TRAINING_SIZES)
@@ -178,15 +207,24 @@ class _Loader:
             return None
         return Training(**{**values, **sizes})
 
+    def _inference(self) -> Inference | None:
+        given: fields.InferenceFields | None = self.data.get("inference")
+        if given is None:
+            return None
+        sizes = {key: self._size("inference", key, getattr(given, key)) for key in _INFERENCE_SIZES}
+        if None in sizes.values():
+            return None
+        return Inference(**{**given.model_dump(), **sizes})
+
     def _not_divisible(self, key: str, what: str, parts: int) -> None:
         place = self._node("training", key).place
         self._add("not-divisible", f"{what} does not divide into {parts} {key}", place)
 
-    def _training_size(self, key: str, value: int | str) -> int | None:
+    def _size(self, section: str, key: str, value: int | str) -> int | None:
         try:
             return evaluate(value, self.dims)
         except SizeError as error:
-            self._size_error(error, self._node("training", key))
+            self._size_error(error, self._node(section, key))
         except Unknown:
             pass  # reported where the dim is defined
         return None
@@ -326,14 +364,19 @@ class _Loader:
 
     def _architecture(self) -> tuple[Graph | None, BaseModel | None]:
         settings = self._settings()
-        if settings is None or self.training is None:
+        workload = self.workload
+        if settings is None or workload is None:
             return None, settings
-        batch = self.training.batch // self.training.parts
+        batch = workload.batch // (self.training.parts if self.training else 1)
         build = importlib.import_module("planner.architectures").build
         try:
-            return build(settings, batch, self.training), settings
+            return build(settings, batch, workload), settings
         except GraphError as error:
-            self._add("bad-architecture", str(error), self._node("architecture").place)
+            if self.inference:
+                place = self._node("inference").place
+                self._add("bad-value", f"'inference' cannot be: {error}", place)
+            else:
+                self._add("bad-architecture", str(error), self._node("architecture").place)
         return None, settings
 
     def _settings(self) -> BaseModel | None:
@@ -345,8 +388,12 @@ class _Loader:
             return None
         return named.settings(self.root, model, named.values(node, self.dims), self.findings)
 
-    def _tokens(self, graph: Graph, settings: BaseModel | None, training: Training) -> int:
+    def _tokens(
+        self, graph: Graph, settings: BaseModel | None, training: Training | Inference
+    ) -> int:
         """What one step processes: tokens of sequences, else examples."""
+        if isinstance(training, Inference):
+            return training.tokens
         if self.sequence is not None:
             return training.batch * self.sequence
         if settings is not None:
@@ -370,6 +417,8 @@ class _Loader:
         for i, entry in enumerate(self.data.get("assumed", [])):
             item = node.items[i] if isinstance(node, Listing) else None
             if entry is None or not isinstance(item, Table) or entry.key in self.changed:
+                continue
+            if entry.key.split(".")[0] in self.gone:
                 continue
             if self._assumption_holds(entry, item):
                 found.append(Assumed(entry.key, entry.value, entry.low, entry.high, entry.why))
@@ -399,12 +448,13 @@ class _Loader:
         return node.place if node else table.place
 
     def _digest(
-        self, settings: BaseModel | None, training: Training, pipeline: Pipeline | None
-    ) -> str:
+        self, settings: BaseModel | None, workload: Training | Inference,
+        pipeline: Pipeline | None,
+    ) -> str:  # fmt: skip
         """Hash of what decides the step, whatever the file's spelling, comments and mesh."""
         graph = self.root.get("graph")
         content = {
-            "training": asdict(training),
+            "inference" if self.inference else "training": asdict(workload),
             "architecture": settings.model_dump() if settings else None,
             "dims": self.dims.sizes if graph else None,
             "graph": _canonical(graph) if graph else None,
@@ -417,6 +467,7 @@ class _Loader:
 
 
 _TRAINING_SIZES = ("batch", "accumulation_steps", "pipeline_microbatches")
+_INFERENCE_SIZES = ("batch", "context")
 _NAME_HINT = "a name is made of letters, digits and _"
 
 

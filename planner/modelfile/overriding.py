@@ -9,11 +9,24 @@ from planner.modelfile.diagnostics import Findings
 
 # Keys of these mappings have dots in them: the rest of a path is one key.
 _DOTTED = ("constraints",)
+_INSTEAD = (("inference", ("training", "pipeline")), ("training", ("inference",)))
 
 
 def apply(root: Table, overrides: Sequence[str], findings: Findings) -> tuple[str, ...]:
     """Sets every `path=value` in the tree (in place); returns the paths."""
     return tuple(path for option in overrides if (path := _apply(root, option, findings)))
+
+
+def settle(root: Table, changed: Sequence[str]) -> frozenset[str]:
+    """A file says how to train or how to infer: where --set says the other, what the file says
+    of the first goes (in place). Returns the keys that have gone."""
+    named = {path.split(".")[0] for path in changed}
+    gone: set[str] = set()
+    for wanted, others in _INSTEAD:
+        if wanted in named and not named.intersection(others):
+            gone.update(key.value for key, _ in root.entries if key.value in others)
+    root.entries[:] = [entry for entry in root.entries if entry[0].value not in gone]
+    return frozenset(gone)
 
 
 def _apply(root: Table, option: str, findings: Findings) -> str:

@@ -1,30 +1,34 @@
 """A pipeline as one program: all stages are a dimension of the layers' tensors.
 
-The stack of L layers becomes p stages of L / p; their parameters and activations get a dimension
+A stack of L layers becomes p stages of L / p; their parameters and activations get a dimension
 that the pipeline's axis splits. A loop over m + p - 1 ticks moves every activation on by one
 stage, lets the next microbatch in at the first, and runs the layers of all stages at once; what
 the last stage makes from tick p - 1 on are the results. This is GSPMD's GPipe (Xu et al. 2021,
 section 3.3): bubbles are ticks in which a stage works on nothing. Outside of the loop the
 microbatches are a dimension too, and the axis is free for other uses.
 
+Several stacks, as of an encoder and a decoder, become such loops one after the other. What all
+layers of a stack read (the encoder's result) moves on from stage to stage with its microbatch.
+
 Made from a model's forward graph; everything after it is planned like any other model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from planner.graph import expr as ex
 from planner.graph import structural, windows
 from planner.graph.builder import Builder
 from planner.graph.core import Carry, Factor, Graph, Loop, Node, Op, Stack, Tensor
-from planner.graph.derive import TICKS
 from planner.model import Model
 from planner.pipelining.pieces import PipelineError
 from planner.sharding.choices import bound_name
 
 MICRO, TICK = "micro", "ticks"
+# Ops that may be done for all stages at once: one more dimension is nothing to them.
+STACKABLE = ("map", "reshape", "concat", "slice", "pad", "cumsum", "sort")
 
 
 def stacked(model: Model, axis: str, stages: int) -> Model:
@@ -33,7 +37,7 @@ def stacked(model: Model, axis: str, stages: int) -> Model:
         model.training, pipeline_microbatches=1, accumulation_steps=1
     )  # the graph holds all of them
     graph = _Stacking(model, bound_name("stage", axis), stages).graph()
-    return replace(model, graph=graph, training=training)
+    return replace(model, graph=graph, workload=training, pipeline=None)
 
 
 @dataclass
@@ -48,19 +52,19 @@ class _Stacking:
         self.old = self.model.graph
         self.parts = self.model.training.parts
         self.b = Builder(self.model.training.compute, self.model.training.params)
-        for tensors in (self.old.all_tensors(),):
-            self.b._names.update(tensors)
+        self.b._names.update(self.old.all_tensors())
 
     def graph(self) -> Graph:
         loops = [node for node in self.old.nodes if isinstance(node, Loop)]
-        if len(loops) != 1 or loops[0].times % self.stages:
-            count = f"{len(loops)} stacks" if len(loops) != 1 else f"{loops[0].times} layers"
+        if not loops or any(loop.times % self.stages for loop in loops):
+            counts = ", ".join(f"{loop.name} {loop.times}" for loop in loops) or "no repeats"
             raise PipelineError(
-                f"a pipeline in one program needs one stack of equal layers that divide into "
-                f"{self.stages} stages; the model has {count}"
+                f"a pipeline in one program needs stacks of equal layers that divide into "
+                f"{self.stages} stages; the model has {counts}"
             )
+        times = {stack.outer: loop.times for loop in loops for stack in loop.reads}
         for name in self.old.inputs:
-            self._input(self.old.tensors[name], loops[0])
+            self._input(self.old.tensors[name], times.get(name))
         for node in self.old.nodes:
             if isinstance(node, Loop):
                 self._pipeline(node)
@@ -74,10 +78,10 @@ class _Stacking:
 
     # ---- outside of the layers ----------------------------------------------------------------
 
-    def _input(self, t: Tensor, loop: Loop) -> None:
-        if t.name in {s.outer for s in loop.reads}:
-            each = loop.times // self.stages
-            shape = (each, self.stages, *t.shape[1:])
+    def _input(self, t: Tensor, layers: int | None) -> None:
+        """`layers`: how many are stacked in a parameter."""
+        if layers is not None:
+            shape = (layers // self.stages, self.stages, *t.shape[1:])
             t = replace(t, shape=shape, dims=(t.dims[0], self.stage, *t.dims[1:]))
         elif t.role != "parameter":
             t = self._with(t, MICRO, self.parts)
@@ -99,44 +103,60 @@ class _Stacking:
     # ---- the layers ---------------------------------------------------------------------------
 
     def _pipeline(self, loop: Loop) -> None:
-        if self.many.intersection(loop.shared):
-            raise PipelineError(
-                "in a pipeline of one program, layers can read only what the layer before hands "
-                "on, and parameters"
-            )
         ticks = self.parts + self.stages - 1
-        outer = Builder(self.b.compute, self.b.param_dtype, f"{TICKS}.", self.b, times=ticks)
+        name = f"{loop.name}.{TICK}"
+        outer = Builder(self.b.compute, self.b.param_dtype, f"{name}.", self.b, times=ticks)
         carries, reads, writes, inner = [], [], [], []
         for k in loop.carries:
-            fed = structural.pad(
-                self.b, k.init, MICRO, 0, self.stages - 1, label=TICK, name=f"{k.init}.fed"
-            )
-            state = self._with(self.old.tensors[k.init], self.stage, self.stages)
-            zero = self._zeros(f"{k.result}.start", state)
-            entry = outer.declare(replace(state, name=f"{k.result}.before", role="activation"))
-            now = outer.declare(replace(self.old.tensors[k.init], name=f"{k.init}.now"))
-            reads.append(Stack(fed, now))
-            moved = self._moved(outer, entry, now)
-            after = outer.declare(replace(state, name=f"{k.result}.after", role="activation"))
+            carry, read, moved = self._travelling(outer, k.init, k.result)
+            after = outer.declare(replace(outer.lookup(moved), name=f"{k.result}.after"))
             inner.append(Carry(moved, k.entry, k.exit, after))
-            last = self.b.declare(replace(state, name=f"{k.result}.end", role="activation"))
-            carries.append(Carry(zero, entry, after, last))
+            carries.append(replace(carry, exit=after))
+            reads.append(read)
+            state = outer.lookup(after)
             every = replace(
                 state, name=f"{k.result}.ticks", shape=(ticks, *state.shape),
-                dims=(TICK, *state.dims), role="activation",
+                dims=(TICK, *state.dims),
             )  # fmt: skip
             writes.append(Stack(self.b.declare(every), after))
+        along = {}
+        for shared in loop.shared:
+            if shared in self.many:
+                own = f"{loop.name}.{shared}"
+                carry, read, along[shared] = self._travelling(outer, shared, own)
+                carries.append(carry)
+                reads.append(read)
+        whole = tuple(along.get(shared, shared) for shared in loop.shared)
         layers = replace(
-            loop, times=loop.times // self.stages, carries=tuple(inner), body=self._body(loop)
-        )
+            loop, times=loop.times // self.stages, carries=tuple(inner),
+            body=self._body(loop, along), shared=whole,
+        )  # fmt: skip
         body = Graph(outer.tensors, (*outer.nodes, layers))
-        shared = (*(s.outer for s in loop.reads), *loop.shared)
+        passed = (*(s.outer for s in loop.reads), *(s for s in whole if s not in outer.tensors))
         self.b.nodes.append(
-            Loop(TICKS, ticks, body, tuple(carries), tuple(reads), tuple(writes),
-                 tuple(dict.fromkeys(shared)))
+            Loop(
+                name, ticks, body, tuple(carries), tuple(reads), tuple(writes),
+                tuple(dict.fromkeys(passed)), of_parts=True,
+            )
         )  # fmt: skip
         for k, stack in zip(loop.carries, writes, strict=True):
             self._results(k, stack.outer)
+
+    def _travelling(self, outer: Builder, value: str, name: str) -> tuple[Carry, Stack, str]:
+        """`value` of every microbatch, on its way through the stages: what is carried from tick
+        to tick, the next microbatch's, and what the stages read in a tick."""
+        fed = structural.pad(
+            self.b, value, MICRO, 0, self.stages - 1, label=TICK, name=f"{name}.fed"
+        )
+        state = replace(
+            self._with(self.old.tensors[value], self.stage, self.stages), role="activation"
+        )
+        zero = self._zeros(f"{name}.start", state)
+        before = outer.declare(replace(state, name=f"{name}.before"))
+        now = outer.declare(replace(self.old.tensors[value], name=f"{name}.now"))
+        moved = self._moved(outer, before, now)
+        last = self.b.declare(replace(state, name=f"{name}.end"))
+        return Carry(zero, before, moved, last), Stack(fed, now), moved
 
     def _zeros(self, name: str, like: Tensor) -> str:
         sizes = dict(zip(like.dims, like.shape, strict=True))
@@ -155,13 +175,15 @@ class _Stacking:
             dtype=outer.lookup(state).dtype,
         )
 
-    def _body(self, loop: Loop) -> Graph:
-        """One layer of every stage."""
+    def _body(self, loop: Loop, along: Mapping[str, str]) -> Graph:
+        """One layer of every stage; `along`: what is read whole, by its name of a tick."""
         several = {k.entry for k in loop.carries} | {s.inner for s in loop.reads}
+        several.update(along.values())
         nodes: list[Node] = []
         for node in loop.body.nodes:
             if isinstance(node, Loop):
                 raise PipelineError("in a pipeline of one program, layers hold no repeats")
+            node = replace(node, ins=tuple(along.get(name, name) for name in node.ins))
             if several.intersection(node.ins):
                 node = with_dimension(node, self.stage, self.stages, several)
                 several.update(node.outs)
@@ -192,9 +214,10 @@ class _Stacking:
 def with_dimension(op: Op, label: str, size: int, several: Iterable[str]) -> Op:
     """`op` done `size` times at once: a new leading dimension of its results and of those of
     its operands that are in `several`."""
-    if op.kind not in ("map", "reshape"):
-        raise PipelineError(f"op '{op.name}' ({op.kind}) cannot be stacked for a pipeline yet")
     names = set(several)
+    looked_up = "onehot" in op.attrs and op.ins[0] in names  # of tables there is only one
+    if op.kind not in STACKABLE or looked_up:
+        raise PipelineError(f"op '{op.name}' ({op.kind}) cannot be stacked for a pipeline")
     number = len(op.rule.factors)
     factors = (*op.rule.factors, Factor(label, size))
     ins = tuple(
@@ -202,6 +225,9 @@ def with_dimension(op: Op, label: str, size: int, several: Iterable[str]) -> Op:
         for name, dims in zip(op.ins, op.rule.ins, strict=True)
     )
     outs = tuple(((number,), *dims) for dims in op.rule.outs)
-    return replace(op, rule=replace(op.rule, factors=factors, ins=ins, outs=outs))
-
-
+    attrs = dict(op.attrs)
+    if "axis" in attrs:
+        attrs["axis"] += 1
+    if "visits" in attrs:
+        attrs["visits"] = (*attrs["visits"], number)
+    return replace(op, rule=replace(op.rule, factors=factors, ins=ins, outs=outs), attrs=attrs)

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 
 from costmodels.pipeline_time import with_bubbles
-from planner.graph.core import Graph
-from planner.graph.derive import TICKS, training_step
+from planner.graph.core import Graph, Loop
+from planner.graph.derive import training_step
 from planner.graph.flops import FlopCount, count_flops
 from planner.model import Model, Pipeline
 from planner.pins import Annotation
@@ -55,13 +55,13 @@ class StackedPlanning(Planning):
         return self.original.pipeline
 
     def _with_stages(self, annotation: Annotation) -> Annotation:
-        """Stages are split by the pipeline's axis, microbatches by none."""
+        """Stages are split by the pipeline's axis; that microbatches are whole goes unsaid."""
         old, new = self.original.graph.all_tensors(), self.model.graph.all_tensors()
         found = {}
         for name, axes in annotation.items():
             added = name in old and name in new and len(new[name].shape) > len(old[name].shape)
-            first = () if added and new[name].dims[0] == MICRO else (self.pipeline.axis,)
-            found[name] = (first, *axes) if added else axes
+            staged = added and new[name].dims[0] != MICRO
+            found[name] = ((self.pipeline.axis,), *axes) if staged else axes
         return found
 
     def step(self) -> Graph:
@@ -71,8 +71,9 @@ class StackedPlanning(Planning):
         found = super().lowered(plan)
         stages, parts = dict(self.mesh.axes)[self.pipeline.axis], self.original.training.parts
         idle = (stages - 1) / (parts + stages - 1)
-        loops = (TICKS, f"{TICKS}.bwd")
-        timing = with_bubbles(found.program, self.mesh, found.timing, loops, idle)
+        ticks = [n.name for n in self.model.graph.nodes if isinstance(n, Loop) and n.of_parts]
+        loops = [*ticks, *(f"{name}.bwd" for name in ticks)]
+        timing = with_bubbles(found.timing, loops, idle)
         return replace(found, timing=timing)
 
     def result(self, c: Candidate) -> Result:

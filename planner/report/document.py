@@ -13,7 +13,7 @@ from typing import Any
 from costmodels.summary import collectives
 from planner.annotations import as_lists, axes_by_name
 from planner.export.jsontext import finite
-from planner.model import Remat
+from planner.model import Inference, Remat
 from planner.request import Planned
 from planner.result import Result
 from planner.search.candidates import Trial, front
@@ -53,10 +53,14 @@ def document(planned: Planned) -> dict[str, Any]:
             for a in result.model.assumed
         ],
         "mesh_shapes": [
-            {"axes": dict(t.mesh.axes), "layout": t.mesh.assignment(), **figures}
+            {
+                "axes": dict(t.mesh.axes), "layout": t.mesh.assignment(),
+                "settings": list(t.settings), **figures,
+            }
             for t, figures in _trials(planned.shapes)
         ],
-        "remat": _saved(result.model.training.remat),
+        "inference": _inference(result),
+        "remat": _remat(result),
         "remat_choices": [
             {"remat": _saved(t.remat), **figures} for t, figures in _trials(planned.savings)
         ],
@@ -111,6 +115,25 @@ def _trials(trials: Sequence[Trial]) -> Iterator[tuple[Trial, dict[str, Any]]]:
             "outcome": t.outcome, "step_time_s": finite(t.step_time_s),
             "peak_bytes": t.peak_bytes, "bound_s": finite(t.bound_s), "front": t in best,
         }  # fmt: skip
+
+
+def _inference(result: Result) -> dict[str, Any] | None:
+    """What inference is about; null for a training step."""
+    inference = result.model.inference
+    if inference is None:
+        return None
+    return {
+        "phase": inference.phase, "batch": inference.batch, "context": inference.context,
+        "latency_s": result.timing.step_time_s,
+        "tokens_per_s_per_device": result.tokens_per_s / result.mesh.devices,
+        "bandwidth_utilization": result.bandwidth_utilization,
+        "kv_cache_bytes": result.cache_bytes,
+    }  # fmt: skip
+
+
+def _remat(result: Result) -> str | list[str] | None:
+    workload = result.model.workload
+    return None if isinstance(workload, Inference) else _saved(workload.remat)
 
 
 def _saved(remat: Remat | None) -> str | list[str] | None:

@@ -1,4 +1,5 @@
-"""What experts call a plan: data parallel, FSDP, ZeRO, tensor, sequence, context, expert parallel.
+"""What experts call a plan: data parallel, FSDP, ZeRO, tensor, sequence, context, expert parallel,
+ring attention, pipeline.
 
 Every mesh axis is described by what it splits in the forward pass's products of activations and
 weights, where weights, gradients and optimizer states are stored, and how the values that layers
@@ -15,6 +16,7 @@ from dataclasses import dataclass, field
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Graph, Loop, Op
 from planner.result import Result
+from planner.sharding.choices import bound_to
 
 SEQUENCE = ("S", "T")  # positions, and positions of keys
 EXPERTS = "E"
@@ -37,12 +39,13 @@ class _Weight:
 
 @dataclass
 class _Handed:
-    """Axes over the positions and the width of what layers hand on, and over the positions in
-    attention."""
+    """Axes over the positions and the width of what layers hand on, over the positions in
+    attention, and along which blocks of keys move on."""
 
     positions: set[str] = field(default_factory=set)
     width: set[str] = field(default_factory=set)
     attention: set[str] = field(default_factory=set)
+    ring: set[str] = field(default_factory=set)  # axes along which blocks go round
 
 
 def patterns(result: Result) -> tuple[str, ...]:
@@ -50,6 +53,9 @@ def patterns(result: Result) -> tuple[str, ...]:
     weights = list(_weights(result))
     handed = _handed(result)
     named: dict[str, list[str]] = {}
+    pipeline = result.model.pipeline
+    if pipeline is not None and dict(result.mesh.axes)[pipeline.axis] > 1:
+        named["pipeline"] = [pipeline.axis]
     for axis, size in result.mesh.axes:
         for name in _names(axis, weights, handed) if size > 1 else ():
             named.setdefault(name, []).append(axis)
@@ -72,7 +78,9 @@ def _names(axis: str, weights: list[_Weight], handed: _Handed) -> Iterator[str]:
         yield "expert parallel"
     if tensor:
         yield "tensor parallel"
-    if axis in handed.attention:
+    if axis in handed.ring:
+        yield "ring attention"
+    elif axis in handed.attention:
         yield "context parallel"
     elif axis in handed.positions:
         yield "sequence parallel"
@@ -114,6 +122,8 @@ def _weight(result: Result, op: Op, slot: int, parameter: str, elements: int) ->
     experts: set[str] = set()
     batch: set[str] = set()
     for i, (factor, axes) in enumerate(zip(op.rule.factors, choice.split, strict=True)):
+        if bound_to(factor.name):
+            continue  # stages of a pipeline
         if i not in own:
             batch.update(axes if factor.name not in SEQUENCE else ())
         elif factor.name == EXPERTS:
@@ -168,6 +178,9 @@ def _look(node: Op | Loop, result: Result, found: _Handed) -> None:
             _look(inner, result, found)
         return
     names = {f.name for f in node.rule.factors}
+    if node.phase == "forward" and node.kind == "shift" and node.attrs["wrap"]:
+        around, _ = node.rule.windows[0]
+        found.ring.update(result.plan.choices[node.name].split[around])
     if node.phase == "forward" and contraction_sizes(node) and names.issuperset(SEQUENCE):
         split = result.plan.choices[node.origin or node.name].split
         for factor, axes in zip(node.rule.factors, split, strict=True):

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from costmodels.summary import collectives
 from planner.annotations import Annotated, annotated
-from planner.model import remat_text
+from planner.model import Inference, Training, remat_text
 from planner.report import amounts
 from planner.report.document import notes
 from planner.report.patterns import patterns
@@ -68,15 +68,29 @@ def _parts(
 
 
 def _about(result: Result) -> str:
-    training = result.model.training
     words = [
         f"{result.model.name}: {amounts.count(result.graph.parameter_count)} parameters",
-        f"batch {training.batch}", training.optimizer, training.compute,
-        f"remat {remat_text(training.remat)}",
-    ]  # fmt: skip
-    if training.accumulation_steps > 1:
-        words.append(f"{training.accumulation_steps} accumulation steps")
+        *_workload(result.model.workload),
+    ]
+    pipeline = result.model.pipeline
+    if pipeline is not None and result.model.training.pipeline_microbatches > 1:
+        count = result.model.training.pipeline_microbatches
+        words.append(f"{pipeline.schedule} with {count} microbatches")
     return ", ".join(words)
+
+
+def _workload(workload: Training | Inference) -> Iterator[str]:
+    if isinstance(workload, Inference):
+        yield f"{workload.phase} of batch {workload.batch}"
+        yield f"context {workload.context}"
+        yield workload.compute
+        return
+    yield f"batch {workload.batch}"
+    yield workload.optimizer
+    yield workload.compute
+    yield f"remat {remat_text(workload.remat)}"
+    if workload.accumulation_steps > 1:
+        yield f"{workload.accumulation_steps} accumulation steps"
 
 
 def _verdict(planned: Planned) -> Iterator[Text]:
@@ -99,10 +113,22 @@ def _verdict(planned: Planned) -> Iterator[Text]:
         f"{amounts.count(result.tokens_per_s)} tokens/s; "
         f"utilization: MFU {amounts.share(result.mfu)}, HFU {amounts.share(result.hfu)}"
     )
+    if result.model.inference is not None:
+        yield Text(_serving(result))
     yield Text(_proof(result))
     known = patterns(result)
     if known:
         yield Text(f"pattern: {', '.join(known)}")
+
+
+def _serving(result: Result) -> str:
+    """What inference is about, beyond the time of the step, which is its latency."""
+    text = f"{amounts.count(result.tokens_per_s / result.mesh.devices)} tokens/s per device"
+    if result.bandwidth_utilization is not None:
+        text += f"; memory bandwidth utilization {amounts.share(result.bandwidth_utilization)}"
+    if result.cache_bytes:
+        text += f"; KV cache {amounts.size(result.cache_bytes)} per device"
+    return text
 
 
 def _range(result: Result) -> str:
@@ -125,6 +151,8 @@ def _memory(result: Result) -> Table:
     found = table("memory", "per device", "share", right=("per device", "share"))
     peak = result.memory.peak_bytes
     for part, size in result.memory.parts.items():
+        if part == "kv_cache" and result.model.inference is None:
+            continue
         share = amounts.share(size / peak) if peak else ""
         found.add_row(part.replace("_", " "), amounts.size(size), share)
     found.add_row("peak", amounts.size(peak), "", style="bold")
@@ -146,9 +174,11 @@ def _time(result: Result) -> Table:
 
 def _shardings(result: Result) -> Iterator[RenderableType]:
     tensors = annotated(result)
-    parameters = [a for a in tensors if a.role in ("parameter", "input")]
-    yield _sharding_table("parameters and inputs", parameters)
-    activations = [a for a in tensors if a.role not in ("parameter", "input")]
+    given = [a for a in tensors if a.role in ("parameter", "input", "cache")]
+    cached = any(a.role == "cache" for a in given)
+    title = "parameters, inputs and caches" if cached else "parameters and inputs"
+    yield _sharding_table(title, given)
+    activations = [a for a in tensors if a not in given]
     if activations:
         largest = sorted(activations, key=lambda a: -_elements(a))[:MAIN_ACTIVATIONS]
         yield Text()
@@ -200,7 +230,7 @@ def _trials(title: str, trials: Sequence[Trial]) -> Iterator[RenderableType]:
     for t in trials[:TOP_TRIALS]:
         step = amounts.seconds(t.step_time_s) if t.plan else f"≥ {amounts.seconds(t.bound_s)}"
         found.add_row(
-            Text(t.name), step if t.bound_s < float("inf") else "",
+            Text(t.name), step if t.plan or 0 < t.bound_s < float("inf") else "",
             "" if t.peak_bytes is None else amounts.size(t.peak_bytes),
             "front" if t in best else "" if t.outcome == FITS else t.outcome,
             Text(t.mesh.assignment() if t.remat is None else remat_text(t.remat)),

@@ -1,12 +1,14 @@
 """Which candidate is best: every one bounded or planned, and what became of each.
 
-Candidates differ in the logical mesh, or in what is saved for the backward pass.
+Candidates differ in the logical mesh, in what is saved for the backward pass, or in settings of
+the model file (a pipeline's microbatches).
 
 Where the chip does not overlap communication and computation, the surrogate's bound is one of
 the step time. Candidates then are planned in the order of their bounds until no bound leaves
 room for a faster plan. Where it does, the bound only says where to look first: ordinary candidates
 (meshes of one and two axes, fixed policies) are all planned, the others in order of promise, until
-several in a row bring nothing.
+several in a row bring nothing. Pipelines, of which no bound is known, come last in their own order,
+again until several in a row bring nothing.
 
 Candidates are planned in batches of a fixed size, so the answer does not depend on how many
 processes share the work.
@@ -54,6 +56,9 @@ class Trial:
 
     mesh: LogicalMesh
     remat: Remat | None = None
+    model: Model | None = None  # if it is not the one that is searched for
+    settings: tuple[str, ...] = ()  # of the model file, that make `model`
+    staged: bool = False
     bound_s: float = 0.0
     outcome: str = LEFT_OUT
     step_time_s: float = inf
@@ -63,16 +68,20 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """A shape as --shape takes it, or what is saved in short."""
+        """A shape and settings as the command line takes them, or what is saved in short."""
         if self.remat is None:
-            return ",".join(f"{name}={size}" for name, size in self.mesh.axes)
+            return " ".join([self.shape, *(f"--set {s}" for s in self.settings)])
         return self.remat if isinstance(self.remat, str) else f"{len(self.remat)} values"
+
+    @property
+    def shape(self) -> str:
+        return ",".join(f"{name}={size}" for name, size in self.mesh.axes)
 
     @property
     def ordinary(self) -> bool:
         if self.remat is not None:
             return isinstance(self.remat, str)
-        return len(self.mesh.axes) <= ORDINARY_AXES
+        return sum(size > 1 for _, size in self.mesh.axes) <= ORDINARY_AXES
 
 
 @dataclass(frozen=True)
@@ -137,10 +146,12 @@ class _Search:
         self.candidates = candidates
         self.trials = self._bounded()
         order = sorted(range(len(self.trials)), key=lambda i: self.trials[i].bound_s)
-        few = [i for i in order if self.trials[i].ordinary]
-        more = [i for i in order if i not in few]
+        staged = [i for i, t in enumerate(self.trials) if t.staged]
+        few = [i for i in order if self.trials[i].ordinary and i not in staged]
+        more = [i for i in order if i not in few and i not in staged]
         self._plan(few, patience=len(few))
         self._plan(more, patience=PATIENCE)
+        self._plan(staged, patience=PATIENCE)
         found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
         if self.options.least_memory and not any(t.outcome == FITS for t in found):
             found = self._least_memory(found)
@@ -217,7 +228,7 @@ class _Search:
 
 
 def _bound(call: _Call) -> Trial:
-    model = call.model.decided(call.trial.remat)
+    model = (call.trial.model or call.model).decided(call.trial.remat)
     try:
         return replace(call.trial, bound_s=surrogate_bound(model, call.trial.mesh))
     except PinError as error:
@@ -225,7 +236,7 @@ def _bound(call: _Call) -> Trial:
 
 
 def _plan(call: _Call) -> Trial:
-    model = call.model.decided(call.trial.remat)
+    model = (call.trial.model or call.model).decided(call.trial.remat)
     try:
         result = plan_model(model, call.trial.mesh, call.options)
     except Infeasible as error:

@@ -12,7 +12,7 @@ from meshes import LogicalMesh
 from planner.graph.core import Op
 from planner.graph.derive import training_step
 from planner.graph.saving import chain
-from planner.model import AUTO, FIXED_POLICIES, Model, Remat
+from planner.model import AUTO, FIXED_POLICIES, Model, Remat, Training
 from planner.search.candidates import Trial
 from planner.sharding.choices import Choice
 from planner.sharding.formulate import choice_seconds
@@ -35,4 +35,4 @@ def candidates(model: Model, mesh: LogicalMesh) -> list[Trial]:
 
 def is_open(model: Model) -> bool:
     """Whether the model leaves it to the planner what is saved."""
-    return model.training.remat == AUTO
+    return isinstance(model.workload, Training) and model.workload.remat == AUTO

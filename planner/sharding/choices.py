@@ -119,10 +119,15 @@ def bound_name(label: str, axis: str) -> str:
     return f"{label}@{axis}"
 
 
+def bound_to(name: str) -> str:
+    """The axis that has to split a dimension of this name; "" if any may."""
+    return name.removesuffix(".out").partition("@")[2]
+
+
 def _keeps_axes(rule: Rule, choice: Choice, sizes: Sizes) -> bool:
     for factor, axes in zip(rule.factors, choice.split, strict=True):
-        _, bound, axis = factor.name.removesuffix(".out").partition("@")
-        if bound and axes != ((axis,) if sizes[axis] > 1 else ()):
+        axis = bound_to(factor.name)
+        if axis and axes != ((axis,) if sizes[axis] > 1 else ()):
             return False
     return True
 

@@ -167,6 +167,7 @@ COPY_CATEGORY = "collective_buffers"
 ROLE_CATEGORIES = {
     "parameter": "parameters", "state": "optimizer", "gradient": "gradients",
     "residual": "activations", "input": "activations", "activation": "activations",
+    "cache": "kv_cache",
 }  # fmt: skip
 
 
@@ -204,8 +205,6 @@ class _FlowBuilder:
             return
         t = self.tensors[out]
         home = self.new_home(f"{out}@output", t.shape, t.dtype, 0, False, ROLE_CATEGORIES[t.role])
-        if t.role != "gradient":  # those go on to other stages of a pipeline
-            home.pin = Spec(((),) * len(t.shape))
         scope.use(
             out, _Use(Place("home", home=home.id), HANDED_ON, "output", "", self.flow.steps)
         )
@@ -324,7 +323,7 @@ class _FlowBuilder:
     ) -> Home:
         home = Home(len(self.flow.homes), name, shape, dtype, lead, partial, category)
         pin = self.pins.get(name)
-        if pin is not None:  # of a parameter without its stacked dimensions, else of all
+        if pin is not None:  # of one slice, where the home holds a stack of them
             home.pin = Spec(((),) * (len(shape) - len(pin.dims)) + pin.dims)
         self.flow.homes.append(home)
         return home

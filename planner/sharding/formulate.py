@@ -315,7 +315,8 @@ def choice_seconds(
 def _halo_seconds(halo: Halo, dtype: str, mesh: LogicalMesh) -> float:
     table, axes = prices(mesh), halo.read.axes
     pieces = (prod(shape) * ITEM_BYTES[dtype] for shape in (halo.low, halo.high) if shape)
-    return table.kernel(halo.kernel) + sum(table.move("shift", axes, n) for n in pieces)
+    joining = 0.0 if halo.kernel is None else table.kernel(halo.kernel)
+    return joining + sum(table.move("shift", axes, n) for n in pieces)
 
 
 def least_compute(flow: Flow, mesh: LogicalMesh) -> float:

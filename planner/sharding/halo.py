@@ -34,7 +34,8 @@ _READS = {
 @dataclass(frozen=True)
 class Read:
     """Of dimension `dim` (`size` in blocks of `own`) of operand `slot`, shard r reads
-    `length` points from `starts[r]`; `fill` stands for what does not exist."""
+    `length` points from `starts[r]`; `fill` stands for what does not exist. With `wrap` the
+    first and the last shard are neighbours."""
 
     slot: int
     dim: int
@@ -44,23 +45,31 @@ class Read:
     starts: tuple[int, ...]
     length: int
     fill: float
+    wrap: bool = False
 
     @property
     def low(self) -> int:
         """Points from the neighbour before: the most that any shard needs."""
-        return max(0, *(min(r * self.own - s, r * self.own) for r, s in enumerate(self.starts)))
+        first = -self.size if self.wrap else 0
+        return max(0, *(r * self.own - max(s, first) for r, s in enumerate(self.starts)))
 
     @property
     def high(self) -> int:
         """Points from the neighbour after."""
-        ends = ((r + 1) * self.own for r in range(len(self.starts)))
+        last = 2 * self.size if self.wrap else self.size
         return max(
             0,
             *(
-                min(s + self.length, self.size) - end
-                for s, end in zip(self.starts, ends, strict=True)
+                min(s + self.length, last) - (r + 1) * self.own
+                for r, s in enumerate(self.starts)
             ),
         )
+
+    @property
+    def whole_blocks(self) -> bool:
+        """Whether every shard reads its neighbour's block and nothing else."""
+        one = {s - r * self.own for r, s in enumerate(self.starts)}
+        return self.length == self.own and one in ({self.own}, {-self.own}) and self.fill == 0
 
     @property
     def as_it_lies(self) -> bool:
@@ -130,7 +139,8 @@ def _read(
     size = op.rule.factors[factor].size
     maxima = op.kind in ("max_pool", "max_pool_dx") and slot == 0
     fill = float("-inf") if maxima else 0.0
-    return Read(slot, dim, axes, size, size // shards, *points, fill)
+    wrap = op.attrs.get("wrap", False)
+    return Read(slot, dim, axes, size, size // shards, *points, fill, wrap)
 
 
 def reaches_neighbours(op: Op, split: Split, sizes: Sizes) -> bool:

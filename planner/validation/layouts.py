@@ -93,8 +93,7 @@ def _states(
     rules = layout.parameters if layout.states is None else layout.states
     found: dict[str, Axes] = {}
     for parameter in graph.parameters():
-        whole: Axes = ((),) * stacked_dims(parameter)
-        axes, base = whole + laid(parameter, rules, sizes), parameter.name
+        axes, base = laid(parameter, rules, sizes), parameter.name
         if training.master and parameter.dtype != MASTER:
             base = f"{parameter.name}.master"
             found[base] = axes

@@ -185,7 +185,7 @@ class Interpreter:
         self, c: Collective, shards: Shards, group: Sequence[Device], own: int
     ) -> Array:
         """The edge of the neighbour's block, zeros where there is no neighbour."""
-        neighbour = own - c.shift
+        neighbour = (own - c.shift) % len(group) if c.wrap else own - c.shift
         there = 0 <= neighbour < len(group)
         block = shards[group[neighbour if there else own]]
         size = block.shape[c.dim]

@@ -177,6 +177,8 @@ def _shift(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]
     x, ((low, _),) = args[0], op.attrs["padding"]
     axis = op.attrs["axis"]
     kept = np.roll(x, low, axis)
+    if op.attrs["wrap"]:
+        return (kept,)
     gone = slice(0, low) if low >= 0 else slice(low, None)
     kept[tuple(gone if i == axis else slice(None) for i in range(x.ndim))] = 0
     return (kept,)
@@ -191,7 +193,10 @@ def _halo(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
     axis, first = a["dim"], offsets["shard"] * a["own"] - a["low"]
     joined = np.concatenate(list(args), axis=axis)
     at = a["starts"][offsets["shard"]] + np.arange(a["length"])  # positions in the whole
-    here = (at >= max(first, 0)) & (at < min(first + joined.shape[axis], a["size"]))
+    low, high = first, first + joined.shape[axis]
+    if not a["wrap"]:
+        low, high = max(low, 0), min(high, a["size"])
+    here = (at >= low) & (at < high)
     read = np.take(joined, np.where(here, at - first, 0), axis=axis).astype(np.float64)
     mask = here.reshape([-1 if i == axis else 1 for i in range(joined.ndim)])
     return (np.where(mask, read, a["fill"]),)

@@ -97,7 +97,7 @@ def compare(
         sizes = dict(result.mesh.axes)
         moves = list(predicted_moves(result.one_program)), list(compiled_moves(reading.collectives))
         # XLA's CPU backend widens bf16 to f32, and so what it moves: nothing to judge then.
-        widened = compiled.backend == "cpu" and result.model.training.compute != "f32"
+        widened = compiled.backend == "cpu" and result.model.workload.compute != "f32"
         collectives = collective_rows(
             normalised(moves[0], sizes), normalised(moves[1], sizes),
             None if widened else thresholds,

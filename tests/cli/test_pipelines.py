@@ -91,7 +91,7 @@ def test_a_pipeline_in_one_program(tmp_path: Path, capsys: pytest.CaptureFixture
         (["--set", "pipeline.schedule=interleaved", "--set", "architecture.layers=1"],
          "cannot be cut into 4 stages"),
         (["--set", "pipeline.schedule=gpipe", "--set", "pipeline.inside=false",
-          "--set", "architecture.layers=3"], "the model has 3 layers"),
+          "--set", "architecture.layers=3"], "the model has layers 3"),
         (["--set", "pipeline.schedule=circular", "--set", "pipeline.inside=false"],
          "others are not supported yet"),
         (["--set", "pipeline.schedule=interleaved", "--set", "training.pipeline_microbatches=1"],

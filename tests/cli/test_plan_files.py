@@ -194,3 +194,24 @@ def test_a_trace_covers_the_step(planned, tmp_path, capsys):
     events = [e for e in json.loads(trace.read_text())["traceEvents"] if e["ph"] == "X"]
     end_s = max(e["ts"] + e["dur"] for e in events) / 1e6
     assert end_s == pytest.approx(planfile.load(planned).predicted["step_time_s"], rel=1e-6)
+
+
+def test_minimal_annotations_are_some_of_all(planned, capsys):
+    every = json.loads((planned / "annotations.json").read_text(encoding="utf-8"))
+    ran = plan(capsys, "export", planned, "--format", "json", "--minimal")
+    assert ran.code == 0
+    few = json.loads(ran.out)
+    assert few["made_for"] == every["made_for"]
+    assert few["annotations"].items() < every["annotations"].items()
+    assert f"{len(few['annotations'])} of {len(every['annotations'])} annotations" in ran.err
+    program = plan(capsys, "export", planned, "--format", "jax-program", "--minimal").out
+    compile(program, "program.py", "exec")
+    activations = program.split("ACTIVATIONS = {", 1)[1].split("}", 1)[0]
+    assert all(line.split('"')[1] in few["annotations"] for line in activations.splitlines()[1:-1])
+
+
+@pytest.mark.parametrize("form", ["jax", "flax", "maxtext", "shardy"])
+def test_minimal_is_not_for_every_format(planned, capsys, form):
+    ran = plan(capsys, "export", planned, "--format", form, "--minimal")
+    assert (ran.code, ran.out) == (2, "")
+    assert "jax-program" in ran.err

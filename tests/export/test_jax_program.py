@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 
 import meshes
+from planner.architectures import build
+from planner.architectures.settings import Decoder
 from planner.export.jax_ops import ExportError
 from planner.export.jax_program import jax_program
 from planner.export.placement import Copy, Placement
@@ -21,7 +23,8 @@ from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
-from planner.model import OPTIMIZERS, Model, Pipeline, Remat
+from planner.model import OPTIMIZERS, Model, Pipeline, Remat, Training
+from planner.pipelining.stacked import stacked
 from planner.sharding.spec import Spec
 from planner.values import reference
 
@@ -46,7 +49,7 @@ def in_f32(graph: Graph) -> Graph:
 
 def f32(model: Model) -> Model:
     training = replace(model.training, compute="f32")
-    return replace(model, graph=in_f32(model.graph), training=training)
+    return replace(model, graph=in_f32(model.graph), workload=training)
 
 
 def load(source: str) -> ModuleType:
@@ -75,7 +78,7 @@ def arrays(module: ModuleType, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
 def check_gradients(model: Model, specs: dict[str, Spec] | None = None, mesh: Any = None) -> None:
     """Loss and every gradient against the NumPy reading of the derived training step."""
     model = f32(model)
-    step = training_step(replace(model, training=replace(model.training, optimizer="sgd")))
+    step = training_step(replace(model, workload=replace(model.training, optimizer="sgd")))
     inputs = reference.random_inputs(step)
     expected = reference.evaluate(step, inputs)
     module = load(jax_program(model, MESH, Placement(specs or {})))
@@ -100,6 +103,20 @@ def test_every_op_and_layer(case: str) -> None:
 )
 def test_remat_policies_change_no_gradient(remat: Remat) -> None:
     check_gradients(support.transformer(remat=remat))
+
+
+def test_ring_attention_and_stages_in_one_program() -> None:
+    check_gradients(decoder_of({"attention_blocks": 4, "kv_heads": 2}))
+    model = decoder_of({})
+    training = replace(model.training, batch=8, pipeline_microbatches=4)
+    check_gradients(stacked(replace(model, workload=training), "x", 2))
+
+
+def decoder_of(more: dict[str, Any]) -> Model:
+    """A small decoder in f32."""
+    sizes = {"d_model": 16, "heads": 4, "vocab": 16, "sequence": 8, "layers": 4}
+    training = Training(2, "sgd", compute="f32", remat="full")
+    return Model("small", build(Decoder(**sizes, **more), 2, training), training, 16)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)

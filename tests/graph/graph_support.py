@@ -282,6 +282,7 @@ CASES: dict[str, Callable[[Builder], str]] = {
         IMAGE, "B H W C", lambda b, x: windows.avg_pool(b, x, window=2, padding="same")
     ),
     "global_avg_pool": on_param(IMAGE, "B H W C", windows.global_avg_pool),
+    "shift around": on_param((3, 4), "S D", lambda b, x: windows.shift(b, x, "S", -1, wrap=True)),
     "shift": on_param(
         (3, 4), "S D", lambda b, x: windows.shift(b, windows.shift(b, x, "S", 1), "D", -2)
     ),

@@ -31,6 +31,9 @@ def test_every_key_is_documented() -> None:
     keys |= set(fields.PipelineFields.model_fields)
     keys |= set(fields.Graph.model_fields) | set(fields.RepeatBlock.model_fields)
     assert [key for key in sorted(keys) if f"`{key}`" not in DOCS] == []
+    inference = (ROOT / "docs" / "inference.md").read_text(encoding="utf-8")
+    for key in fields.InferenceFields.model_fields:
+        assert f"| `{key}` |" in inference
 
 
 def test_every_code_is_documented() -> None:

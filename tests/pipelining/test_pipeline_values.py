@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 from random_pipelines import PipelineDrawer, StackedDrawer, pipelined
-from small_models import decoder, encoder_decoder
+from small_models import decoder, encoder_decoder, experts
 
 DRAWS = 20
 QUICK = 3  # of these in every run of the tests
@@ -42,6 +42,12 @@ CASES: dict[str, Callable[[], PipelineDrawer | StackedDrawer]] = {
     ),
     "gpipe in one program": lambda: StackedDrawer(
         pipelined(decoder(layers_=4, optimizer="adamw", remat="full"), "gpipe"), 2, {"x": 2, "y": 2}
+    ),
+    "gpipe in one program, encoder and decoder": lambda: StackedDrawer(
+        pipelined(encoder_decoder(optimizer="sgd", remat="full"), "gpipe"), 2, {"x": 2, "y": 2}
+    ),
+    "gpipe in one program, experts": lambda: StackedDrawer(
+        pipelined(experts(), "gpipe"), 2, {"x": 4}
     ),
     "circular": lambda: PipelineDrawer(
         pipelined(

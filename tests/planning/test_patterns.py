@@ -9,9 +9,10 @@ import pytest
 from hand_plans import PATTERNS, hand_annotation
 
 import meshes
+from costmodels.program import Collective
 from planner.architectures import ARCHITECTURES, build
-from planner.model import Model, Training
-from planner.planning import price_annotations
+from planner.model import Model, Pipeline, Training
+from planner.planning import plan_model, price_annotations
 from planner.report.patterns import patterns
 
 SHAPE = {"x": 2, "y": 4}
@@ -47,9 +48,8 @@ def test_what_experts_write(pattern: str, names: set[str]) -> None:
     m = model()
     given = dict(hand_annotation(m.graph, PATTERNS[pattern], SHAPE, "x", "y"))
     for p in m.graph.parameters():  # states lie like parameters, or the planner would split them
-        axes = given.get(p.name, ((),) * len(p.shape))
-        whole = ((),) * (len(p.shape) - len(axes))
-        given |= {f"{p.name}.m": (*whole, *axes), f"{p.name}.v": (*whole, *axes)}
+        axes = given.get(p.name, ((),) * sum(d != "layers" for d in p.dims))
+        given |= {f"{p.name}.m": axes, f"{p.name}.v": axes}
     assert named(m, given) == names
 
 
@@ -62,6 +62,7 @@ def test_zero_stages_are_where_states_and_gradients_lie(gradients: bool, name: s
             split = tuple(("x", "y") if n % 8 == 0 and n > 8 else () for n in p.shape)
             last = max(i for i, axes in enumerate(split) if axes)
             split = tuple(a if i == last else () for i, a in enumerate(split))
+            split = split[p.dims.count("layers") :]
             given |= {f"{p.name}.m": split, f"{p.name}.v": split}
             given[f"{p.name}.grad"] = split if gradients else ((),) * len(split)
     assert named(m, given) == {f"{name} over x and y"}
@@ -85,6 +86,29 @@ def test_context_parallel() -> None:
     given |= {"layers.q": (X, Y, (), ()), "layers.attn.mix": (X, Y, (), ())}
     given["layers.attn.scores"] = (X, (), Y, ())
     assert "context parallel over y" in named(m, given)
+
+
+def test_ring_attention() -> None:
+    """The planner's own plan of a long sequence, whose scores exist for one turn at a time."""
+    long = {**SIZES, "sequence": 8192, "attention_blocks": 4}
+    training = Training(1, "sgd", remat="full")
+    m = Model("long", build(ARCHITECTURES["decoder"](**long), 1, training), training, 8192)
+    mesh = meshes.logical(meshes.resolve("tpu-v3:2x1"), {"x": 4})
+    result = plan_model(m, mesh)
+    assert "ring attention over x" in patterns(result)
+    moves = [i for i, _ in result.one_program.instructions() if isinstance(i, Collective)]
+    ring = [i for i in moves if i.shift and i.tensor.startswith("layers.attn.ring.k")]
+    assert {i.wrap for i in ring} == {True}
+    assert {i.phase for i in ring} >= {"forward", "backward"}
+
+
+def test_a_pipeline_is_no_tensor_parallelism() -> None:
+    training = Training(BATCH, "adamw", remat="full", pipeline_microbatches=4)
+    graph = build(ARCHITECTURES["decoder"](**SIZES), BATCH // 4, training)
+    m = Model("piped", graph, training, BATCH * 128, Pipeline("x", "gpipe", inside=False))
+    found = patterns(price_annotations(m, MESH, {}))
+    assert "pipeline over x" in found
+    assert not [name for name in found if name.startswith("tensor") and "x" in name.split()]
 
 
 def test_expert_parallel() -> None:

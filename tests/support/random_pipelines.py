@@ -38,7 +38,7 @@ def pipelined(model: Model, schedule: str, chunks: int = 1, microbatches: int = 
         model.training, batch=model.training.batch * microbatches,
         pipeline_microbatches=microbatches,
     )  # fmt: skip
-    return replace(model, training=training, pipeline=Pipeline(AXIS, schedule, chunks))
+    return replace(model, workload=training, pipeline=Pipeline(AXIS, schedule, chunks))
 
 
 class PipelineDrawer:
@@ -138,11 +138,11 @@ class StackedDrawer:
         self.axes = ((AXIS, devices), *inner.items())
         whole = training_step(model)
         inputs = reference.random_inputs(whole)
+        step = training_step(stacked(model, AXIS, devices))
+        self.flow = build_flow(step, {})
         self.wanted = {
             name: self.in_stages(name, array) for name, array in expected(whole, inputs).items()
         }
-        step = training_step(stacked(model, AXIS, devices))
-        self.flow = build_flow(step, {})
         self.inputs = {
             name: self.in_stages(name, inputs[name if name in inputs else f"{name}.all"])
             for name in step.inputs
@@ -150,7 +150,9 @@ class StackedDrawer:
 
     def in_stages(self, name: str, array: np.ndarray) -> np.ndarray:
         """Stacked parameters and their states: [layers] → [layers of a stage, stages]."""
-        if not name.startswith("layers."):
+        step = self.flow.graph
+        like = step.tensors.get(step.aliases.get(name, name))
+        if like is None or len(like.shape) == array.ndim:
             return array
         each = array.shape[0] // self.devices
         return array.reshape(self.devices, each, *array.shape[1:]).swapaxes(0, 1)

@@ -114,10 +114,14 @@ def outputs(
     found = {}
     for name, parts in outs.items():
         old = flow.graph.aliases.get(name)
-        rank = len(flow.graph.tensors[name].shape)
-        spec = Spec(((),) * rank) if old is None else _home(flow, plan, old)
+        spec = _output(flow, plan, name) if old is None else _home(flow, plan, old)
         found[name] = unshard(parts, spec, plan.axes)
     return found
+
+
+def _output(flow: Flow, plan: Plan, tensor: str) -> Spec:
+    """Where a step leaves a result that takes over no input's memory."""
+    return plan.homes[next(h.id for h in flow.homes if h.tensor == f"{tensor}@output")]
 
 
 def _home(flow: Flow, plan: Plan, tensor: str) -> Spec:

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 from unittest.mock import patch
 
+from planner.architectures import build
+from planner.architectures.settings import MoEDecoder
 from planner.graph import expr as ex
 from planner.graph import layers, optimizers, structural, windows
 from planner.graph.builder import Builder
@@ -78,6 +80,16 @@ def encoder_decoder(batch: int = 4, **training: Any) -> Model:
     return Model("encoder-decoder", b.graph([loss]), Training(batch, **training), batch)
 
 
+def experts(batch: int = 4, **training: Any) -> Model:
+    """Layers with experts, top-2 of 4, in which capacity is short."""
+    settings = MoEDecoder(
+        d_model=4, d_ff=8, heads=2, head_dim=2, vocab=8, sequence=4, layers=4, moe_every=2,
+        experts=4, top_k=2, capacity_factor=1.0,
+    )  # fmt: skip
+    how = Training(batch, **{"optimizer": "sgd", **training})
+    return Model("experts", build(settings, batch, how), how, batch * 4)
+
+
 def weighted_sum(b: Builder, x: str) -> str:
     """A scalar loss in which every entry of x counts differently."""
     dims = b.lookup(x).dims
@@ -118,13 +130,14 @@ def rearranged(b: Builder) -> str:
     merged = structural.reshape(b, split, (8, 16), ("BN", "PD"))
     back = structural.reshape(b, merged, (4, 8, 4), ("B", "S", "D"))
     moved = windows.shift(b, back, "S", -1)
-    joined = structural.concat(b, [windows.shift(b, moved, "B", 2), y], "D")
+    turned = windows.shift(b, windows.shift(b, moved, "S", 2, wrap=True), "D", -1, wrap=True)
+    joined = structural.concat(b, [windows.shift(b, turned, "B", 2), y], "D")
     ordered, _ = structural.sort(b, joined, "S")
     running = structural.cumsum(b, ordered, "S", reverse=True)
     part = structural.slice_dim(b, running, "S", 0, 8, 2, label="Q")
     wide = structural.pad(b, part, "Q", 2, 2, label="R")
-    turned = structural.transpose(b, wide, ("D", "B", "R"))
-    best, _ = structural.top_k(b, turned, 4, "R")
+    swapped = structural.transpose(b, wide, ("D", "B", "R"))
+    best, _ = structural.top_k(b, swapped, 4, "R")
     dims = b.lookup(best).dims
     top = b.map("top", [(best, dims)], dims[:2], ex.x(0), combiner="max")
     twice = b.map("twice", [(top, dims[:2])], dims[:2], ex.mul(ex.c(2.0), ex.x(0)))

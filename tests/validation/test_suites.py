@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 
 from planner.errors import InputError
+from planner.pins import PinError
 from planner.validation import suitefile, vtrain
 from planner.validation.predict import load, simulate_run
 
@@ -44,6 +46,20 @@ def test_a_suite_of_ones_own() -> None:
     result = simulate_run(suite.runs[0])
     assert result.timing.step_time_s > 0
     assert result.specs["layers.q"].axes == ("x",)
+
+
+def test_states_of_stacked_layers_lie_as_the_rules_say() -> None:
+    mixed = "compute: f16, params: f16, master: true, optimizer: adam"
+    text = SUITE.replace("compute: bf16", mixed)
+    text = text.replace("layers: 1", "layers: 3").replace("{B: x}", "{B: x}, states: {D: x}")
+    suite = suitefile.from_text(text, "mine", "mine.yaml")
+    specs = simulate_run(suite.runs[0]).specs
+    assert specs["layers.w_in.master.m"].dims == ((), ("x",), ())  # layers, D, F
+
+
+def test_wrong_annotations_are_reported_from_other_processes_too() -> None:
+    sent = pickle.loads(pickle.dumps(PinError("w", "2 dimensions annotated, it has 1")))
+    assert (sent.tensor, str(sent)) == ("w", "'w': 2 dimensions annotated, it has 1")
 
 
 def test_a_run_is_simulated_with_the_software_it_had() -> None:

@@ -25,8 +25,8 @@ def test_tensor_parallelism_splits_heads_feed_forward_and_vocabulary() -> None:
         "layers.wo": (("model",), (), ()), "layers.w_in": ((), ("model",)),
         "layers.w_out": (("model",), ()), "layers.bo": ((),), "layers.b_in": (("model",),),
         "layers.q": (("data",), (), ("model",), ()), "layers.out": (("data",), (), ()),
-        "layers.wq.master": ((), (), ("model",), ()),
-        "layers.wq.master.m": ((), (), ("model",), ()),
+        "layers.wq.master": ((), ("model",), ()),
+        "layers.wq.master.m": ((), ("model",), ()),
     }  # fmt: skip
     assert {name: found.annotation[name] for name in expected} == expected
     assert {"layers.q", "layers.wq.master.v"} <= found.as_laid

@@ -1,4 +1,5 @@
-"""Experts under every routing, and latent attention: any plan computes what the graph computes."""
+"""Experts under every routing, latent and ring attention: any plan computes what the graph
+computes; ring attention computes what attention does."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from random_plans import PlanDrawer, expected, run_plan
 
 from planner.architectures import ARCHITECTURES, build
 from planner.graph.derive import training_step
+from planner.graph.flops import count_flops
 from planner.model import Model, Training
 from planner.sharding.flow import Flow, build_flow
 from planner.values import reference
@@ -32,6 +34,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "latent attention": (
         "decoder", {**SIZES, "kv_rank": 4, "q_rank": 4, "rope_dim": 2, "norm": "rms"}
     ),
+    "ring attention": ("decoder", {**SIZES, "sequence": 8, "attention_blocks": 4}),
+    "ring attention, grouped": (
+        "decoder", {**SIZES, "sequence": 16, "attention_blocks": 8, "kv_heads": 2, "layers": 2}
+    ),
 }  # fmt: skip
 
 
@@ -43,6 +49,24 @@ def prepared(name: str) -> tuple[Flow, dict[str, np.ndarray], dict[str, np.ndarr
     step = training_step(Model(name, build(settings, BATCH, training), training, 1))
     inputs = reference.random_inputs(step)
     return build_flow(step, {}), inputs, expected(step, inputs)
+
+
+@pytest.mark.parametrize("heads", [None, 2, 1])
+@pytest.mark.parametrize("kind", ["decoder", "encoder"])
+def test_ring_attention_is_attention(kind: str, heads: int | None) -> None:
+    """Loss and updates in one turn and in four, and with all scores at once."""
+    training = Training(BATCH, "sgd", remat="full")
+    steps = []
+    for blocks in (None, 1, 4):
+        numbers = {**SIZES, "sequence": 8, "kv_heads": heads, "attention_blocks": blocks}
+        settings = ARCHITECTURES[kind](**numbers)
+        steps.append(training_step(Model("m", build(settings, BATCH, training), training, 1)))
+    inputs = reference.random_inputs(steps[0])
+    wanted = expected(steps[0], inputs)
+    for step in steps[1:]:
+        for tensor, array in expected(step, inputs).items():
+            np.testing.assert_allclose(array, wanted[tensor], rtol=1e-9, atol=1e-12)
+        assert count_flops(step).model == count_flops(steps[0]).model
 
 
 @pytest.mark.parametrize("name", CASES)
