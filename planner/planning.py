@@ -12,6 +12,7 @@ from functools import cached_property
 from math import inf, sqrt
 from typing import TYPE_CHECKING
 
+from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
 from costmodels.program import Program
@@ -406,7 +407,7 @@ class Planning:
     def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
-            program = narrow_stacks(program)
+            program = copy_gathered(narrow_stacks(program))
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
     def result(self, c: Candidate) -> Result:

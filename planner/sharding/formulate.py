@@ -8,7 +8,8 @@ Edges      one per pair of nodes that a conversion joins; cost = executions × s
            resharding path between the two strategies' specs, inf if there is none. _edges
 Memory     at a schedule step t: results waiting for their reader (op usage), live homes (home
            usage), and what conversions take at t. The last depends on both ends, so such a
-           conversion becomes a node of its own, whose strategies are pairs of specs.  _usages
+           conversion becomes a node of its own, whose strategies are pairs of specs. So does
+           what may gather a TPU's parameter, for its copy.  _usages
 
 Only the steps in `active` get a memory constraint. The caller adds steps where the lowered
 program exceeds the limit until it does so nowhere: a solution of the relaxed problem that fits
@@ -17,7 +18,7 @@ is an optimum of the whole one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -193,9 +194,19 @@ class Space:
             return
         _add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
 
-    def _touches(self, c: Conversion, active: Iterable[int]) -> bool:
+    def _touches(self, c: Conversion, active: Sequence[int]) -> bool:
         lo, hi = c.overlap or (0, 0)
-        return any(t == c.at or lo <= t < hi for t in active)
+        lasts = bool(active) and self._may_be_copied(c)
+        return lasts or any(t == c.at or lo <= t < hi for t in active)
+
+    def _may_be_copied(self, c: Conversion) -> bool:
+        """Whether it gathers a parameter's new value (see costmodels.gathered)."""
+        home = c.target.home
+        return (
+            self.mesh.chip.family == "tpu"
+            and c.kind == "alias"
+            and self.flow.homes[home].category == "parameters"
+        )
 
     def _site_usages(self, active: Sequence[int]) -> list[Usage]:
         found = []
@@ -254,14 +265,28 @@ class Space:
         for key, own, which in ((self.key(c.source), rows, 0), (self.key(c.target), columns, 1)):
             allowed = np.where(own[:, None] == pairs[None, :, which], 0.0, np.inf)
             _add_edge(merged, self.number[key], node, allowed)
-        at_step, held = self._pair_bytes(c, [sources[i] for i in pairs[:, 0]],
-                                         [targets[j] for j in pairs[:, 1]])
+        both = [sources[i] for i in pairs[:, 0]], [targets[j] for j in pairs[:, 1]]
+        at_step, held = self._pair_bytes(c, *both)
+        if self._may_be_copied(c):
+            usages.append(Usage(node, 0, len(active), self._copied_bytes(c, *both)))
         lo, hi = c.overlap or (0, 0)
         for p, t in enumerate(active):
             if t == c.at:
                 usages.append(Usage(node, p, p + 1, at_step))
             elif lo <= t < hi:
                 usages.append(Usage(node, p, p + 1, held))
+
+    def _copied_bytes(
+        self, c: Conversion, sources: Sequence[Spec], targets: Sequence[Spec]
+    ) -> Array:
+        """Bytes of the old parameter's copy, which lives for the whole step."""
+        item = ITEM_BYTES[c.dtype]
+        found = []
+        for s, t in zip(sources, targets, strict=True):
+            path = self.resharder.path(s, t, c.shape, item, c.reduce) or ()
+            gathers = [move.kind for move in path[-1:]] == ["all-gather"]
+            found.append(float(prod(t.local_shape(c.shape, self.sizes)) * item * gathers))
+        return np.array(found)
 
     def _pair_bytes(
         self, c: Conversion, sources: Sequence[Spec], targets: Sequence[Spec]

@@ -105,6 +105,21 @@ def test_remat_policies_change_no_gradient(remat: Remat) -> None:
     check_gradients(support.transformer(remat=remat))
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "attention"])
+def test_bodies_save_what_the_plan_saves(remat: Remat) -> None:
+    """JAX by itself keeps far more than is needed, and casts of weights for every layer."""
+    model = f32(support.transformer(remat=remat))
+    forward = next(n for n in training_step(model).nodes if isinstance(n, Loop))
+    tensors = forward.body.tensors
+    planned = sorted(np.prod(tensors[s.inner].shape) for s in forward.writes)
+    module = load(jax_program(model, MESH, Placement({})))
+    params, _, batch = module.shapes()
+    traced = jax.make_jaxpr(jax.value_and_grad(module.loss_fn))(params, batch)
+    scan = next(e for e in traced.eqns if e.primitive.name == "scan")
+    stacks = scan.outvars[scan.params["num_carry"] :]
+    assert sorted(np.prod(v.aval.shape[1:]) for v in stacks) == planned
+
+
 def test_ring_attention_and_stages_in_one_program() -> None:
     check_gradients(decoder_of({"attention_blocks": 4, "kv_heads": 2}))
     model = decoder_of({})
