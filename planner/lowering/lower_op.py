@@ -80,8 +80,8 @@ def _picked_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
 
 def _vector_flops(op: Op) -> float:
     """Elementwise operations over the points that the op visits."""
-    if op.attrs.get("onehot"):
-        return 0.0  # a lookup or a scatter visits only the rows that ids name
+    if op.attrs.get("onehot") or op.attrs.get("in_products"):
+        return 0.0  # a lookup or a scatter visits only the rows that ids name; see _moved_bytes
     exprs = op.attrs.get("exprs")
     if exprs is None or contraction_sizes(op) is not None:
         return 0.0
