@@ -28,7 +28,7 @@ STACKED = ("gpipe", "circular")  # schedules that one SPMD program of equal stag
 class Training:
     """How a step is trained. `batch` counts sequences (or images) per optimizer step, all
     `accumulation_steps` and `pipeline_microbatches` included; the forward graph is built for
-    one part."""
+    one part. `fused_accumulation`: products add to the gradients of earlier parts themselves."""
 
     batch: int
     optimizer: str = "adamw"
@@ -37,6 +37,7 @@ class Training:
     states: str = "f32"
     master: bool = False
     gradients: str = "f32"
+    fused_accumulation: bool = False
     remat: Remat = "full"
     accumulation_steps: int = 1
     pipeline_microbatches: int = 1

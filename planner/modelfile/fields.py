@@ -122,6 +122,10 @@ class TrainingFields(_Strict):
     gradients: Literal["f32", "bf16", "f16"] = Field(
         "f32", description="type in which gradients of several parts are added up and reduced"
     )
+    fused_accumulation: bool = Field(
+        Training.fused_accumulation,
+        description="products add to the gradients of earlier parts, without a pass of its own",
+    )
     remat: Literal[REMAT_POLICIES] = Field(  # type: ignore[valid-type]
         "full", description="what is recomputed in the backward pass; auto: what is fastest"
     )
