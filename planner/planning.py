@@ -191,7 +191,7 @@ class Planning:
         return step_of(self.model, keep=tuple(self.annotation))
 
     def laid_out(self) -> Flow:
-        return build_flow(self.graph, self.pins())
+        return build_flow(self.graph, self.pins(), uneven=self.model.uneven)
 
     def pins(self) -> dict[str, Spec]:
         pins = pinned_specs(self.graph, self.annotation, dict(self.mesh.axes))
@@ -227,7 +227,7 @@ class Planning:
 
     @cached_property
     def resharder(self) -> Resharder:
-        return mesh_resharder(self.mesh)
+        return mesh_resharder(self.mesh, self.model.uneven)
 
     # ---- entry points ---------------------------------------------------------------------
 

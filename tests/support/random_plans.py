@@ -38,7 +38,7 @@ class PlanDrawer:
         for site in flow.sites.values():
             name = site.op.origin or site.op.name
             if ("op", name) not in self.options:
-                self.options["op", name] = OpChoices(site.op, axes).choices
+                self.options["op", name] = OpChoices(site.op, axes, flow.uneven).choices
         for home in flow.homes:
             self.options["home", home.id] = home_specs(home, self.sizes)
 
@@ -99,7 +99,7 @@ def run_plan(flow: Flow, plan: Plan, inputs: Mapping[str, np.ndarray]) -> dict[s
 
 
 def lowered(flow: Flow, plan: Plan) -> Program:
-    return lower(flow, plan, Resharder(plan.sizes, unit_price))
+    return lower(flow, plan, Resharder(plan.sizes, unit_price, flow.uneven))
 
 
 def outputs(

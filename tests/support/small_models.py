@@ -100,9 +100,9 @@ def weighted_sum(b: Builder, x: str) -> str:
     return b.map("loss", [(x, dims)], (), value, dtype="f32")
 
 
-def conv_net(b: Builder) -> str:
+def conv_net(b: Builder, batch: int = 4, height: int = 8, width: int = 8) -> str:
     """Strided, dilated, grouped and transposed convolutions, pooling, norms, a loop of blocks."""
-    x = b.input("image", (4, 8, 8, 4), ("B", "H", "W", "C"), "f32")
+    x = b.input("image", (batch, height, width, 4), ("B", "H", "W", "C"), "f32")
     stem = b.param("stem", (3, 3, 4, 8), ("kh", "kw", "I", "C"))
     h = windows.conv(b, x, stem, stride=2)
     r = b.repeat("blocks", 2)
@@ -122,13 +122,13 @@ def conv_net(b: Builder) -> str:
     return weighted_sum(b, windows.global_avg_pool(b, smooth))
 
 
-def rearranged(b: Builder) -> str:
+def rearranged(b: Builder, batch: int = 4, width: int = 4) -> str:
     """Reshape, concat, slice, pad, sort, cumsum, transpose; a maximum read by a linear op."""
-    x = b.param("x", (4, 8, 4), ("B", "S", "D"))
-    y = b.param("y", (4, 8, 4), ("B", "S", "D"))
-    split = structural.reshape(b, x, (4, 2, 4, 4), ("B", "N", "P", "D"))
-    merged = structural.reshape(b, split, (8, 16), ("BN", "PD"))
-    back = structural.reshape(b, merged, (4, 8, 4), ("B", "S", "D"))
+    x = b.param("x", (batch, 8, width), ("B", "S", "D"))
+    y = b.param("y", (batch, 8, width), ("B", "S", "D"))
+    split = structural.reshape(b, x, (batch, 2, 4, width), ("B", "N", "P", "D"))
+    merged = structural.reshape(b, split, (2 * batch, 4 * width), ("BN", "PD"))
+    back = structural.reshape(b, merged, (batch, 8, width), ("B", "S", "D"))
     moved = windows.shift(b, back, "S", -1)
     turned = windows.shift(b, windows.shift(b, moved, "S", 2, wrap=True), "D", -1, wrap=True)
     joined = structural.concat(b, [windows.shift(b, turned, "B", 2), y], "D")
@@ -141,7 +141,7 @@ def rearranged(b: Builder) -> str:
     dims = b.lookup(best).dims
     top = b.map("top", [(best, dims)], dims[:2], ex.x(0), combiner="max")
     twice = b.map("twice", [(top, dims[:2])], dims[:2], ex.mul(ex.c(2.0), ex.x(0)))
-    scale = b.param("scale", (8, 4), dims[:2])
+    scale = b.param("scale", (2 * width, batch), dims[:2])
     both = [(twice, dims[:2]), (scale, dims[:2])]
     return weighted_sum(b, b.map("scaled", both, dims[:2], ex.mul(ex.x(0), ex.x(1))))
 
