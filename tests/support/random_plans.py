@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 
 from costmodels.program import Program
-from planner.graph.core import Graph
+from planner.graph.core import Graph, Op
 from planner.lowering.lower import lower
 from planner.plan import Plan, Proof
-from planner.sharding.choices import OpChoices
+from planner.sharding.choices import Choice, OpChoices
 from planner.sharding.flow import Conversion, Flow, Place
 from planner.sharding.formulate import home_specs
 from planner.sharding.reshard import Resharder
@@ -85,6 +86,21 @@ class PlanDrawer:
         if place.kind == "operand":
             return option.operand(rule, place.slot)  # type: ignore[attr-defined]
         return option.result(rule, place.slot, list(self.sizes))  # type: ignore[attr-defined]
+
+
+def padded_ops(flow: Flow, plan: Plan) -> set[str]:
+    """Ops of which the plan splits a factor that does not divide."""
+    return {
+        name for name, choice in plan.choices.items()
+        if pads(flow.sites[name].op, choice, plan.sizes)
+    }  # fmt: skip
+
+
+def pads(op: Op, choice: Choice, sizes: Mapping[str, int]) -> bool:
+    return any(
+        f.size % prod(sizes[a] for a in axes)
+        for f, axes in zip(op.rule.factors, choice.split, strict=True)
+    )
 
 
 def possible(source: Spec, target: Spec, reduce: str) -> bool:

@@ -6,16 +6,16 @@ no numbers: whatever would add it up, or read it beside a window, would not be a
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache, partial
-from math import prod
 
 import numpy as np
 import pytest
-from random_plans import PlanDrawer, expected, lowered, outputs
+from random_plans import PlanDrawer, expected, lowered, outputs, padded_ops, pads
 from small_models import conv_net, decoder, experts, rearranged, step_of
 
-from costmodels.program import Compute
+from costmodels.program import Block, Compute, Instruction, LoopStep, Program, Step
 from planner.graph.core import Graph
 from planner.graph.derive import training_step
 from planner.sharding.choices import Choice
@@ -44,19 +44,15 @@ class UnevenDrawer(PlanDrawer):
     def __init__(self, flow: Flow, axes: tuple[tuple[str, int], ...]) -> None:
         super().__init__(flow, axes)
         self.padding = {
-            node: tuple(o for o in options if isinstance(o, Choice) and self.pads(node, o))
-            for node, options in self.options.items()
-        }
-
-    def pads(self, node: tuple[str, int | str], choice: Choice) -> bool:
-        rule = self.flow.sites[str(node[1])].op.rule
-        return any(
-            f.size % prod(self.sizes[a] for a in axes)
-            for f, axes in zip(rule.factors, choice.split, strict=True)
-        )
+            ("op", name): tuple(
+                o for o in self.options["op", name]
+                if isinstance(o, Choice) and pads(site.op, o, self.sizes)
+            )
+            for name, site in flow.sites.items() if ("op", name) in self.options
+        }  # fmt: skip
 
     def _option(self, rng, node, eager):  # type: ignore[no-untyped-def]
-        if self.padding[node] and rng.random() < 0.7:
+        if self.padding.get(node) and rng.random() < 0.7:
             return rng.choice(self.padding[node])
         return super()._option(rng, node, eager)
 
@@ -68,16 +64,84 @@ def prepared(name: str) -> tuple[Flow, dict[str, np.ndarray], dict[str, np.ndarr
     return build_flow(graph, {}, uneven=True), inputs, expected(graph, inputs)
 
 
+def assert_same(found: Mapping[str, np.ndarray], wanted: Mapping[str, np.ndarray]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, array in wanted.items():
+        np.testing.assert_allclose(found[key], array, rtol=1e-7, atol=1e-9, err_msg=key)
+
+
+# Casting padding to positions, and computing with it: nobody reads what comes of it.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", STEPS)
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # positions that are padding
 def test_any_plan_with_padding_computes_what_the_graph_computes(name: str, mesh: str) -> None:
     flow, inputs, wanted = prepared(name)
     drawer = UnevenDrawer(flow, MESHES[mesh])
     for seed in range(DRAWS):
         plan = drawer.draw(seed)
-        assert sum(drawer.pads(("op", n), c) for n, c in plan.choices.items()) > 5
-        found = outputs(flow, plan, lowered(flow, plan), inputs)
-        assert found.keys() == wanted.keys()
-        for key, array in wanted.items():
-            np.testing.assert_allclose(found[key], array, rtol=1e-7, atol=1e-9, err_msg=key)
+        assert len(padded_ops(flow, plan)) > 5
+        assert_same(outputs(flow, plan, lowered(flow, plan), inputs), wanted)
+
+
+# ---- the draws are worth something ---------------------------------------------------------------
+
+
+def kernels(program: Program) -> Iterator[Compute]:
+    return (i for i, _ in program.instructions() if isinstance(i, Compute))
+
+
+def test_every_kind_of_op_is_padded_and_masked() -> None:
+    from planner.values.kernels import EVALUATORS
+
+    padded, masked = set(), set()
+    for name in STEPS:
+        flow, _, _ = prepared(name)
+        for mesh in MESHES.values():
+            drawer = UnevenDrawer(flow, mesh)
+            for seed in range(DRAWS):
+                plan = drawer.draw(seed)
+                padded |= {flow.sites[n].op.kind for n in padded_ops(flow, plan)}
+                program = lowered(flow, plan)
+                masked |= {
+                    (c.kernel.kind, c.kernel.payload.attrs.get("onehot"))
+                    for c in kernels(program) if c.kernel.payload.attrs.get("sums")
+                }  # fmt: skip
+    assert padded == set(EVALUATORS) - {"halo"}
+    assert masked == {
+        ("map", None), ("map", "take"), ("map", "scatter"), ("conv", None), ("conv_dx", None),
+        ("conv_dw", None),
+    }  # fmt: skip
+
+
+def without_masks(program: Program) -> Program:
+    return replace(program, block=unmasked(program.block))
+
+
+def unmasked(block: Block) -> Block:
+    def one(i: Instruction) -> Instruction:
+        if not isinstance(i, Compute):
+            return i
+        op = i.kernel.payload
+        attrs = {k: v for k, v in op.attrs.items() if k != "sums"}
+        return replace(i, kernel=replace(i.kernel, payload=replace(op, attrs=attrs)))
+
+    def step(s: Step) -> Step:
+        return replace(s, instructions=tuple(one(i) for i in s.instructions))
+
+    return tuple(
+        replace(s, enter=step(s.enter), body=unmasked(s.body)) if isinstance(s, LoopStep)
+        else step(s)
+        for s in block
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_the_comparison_notices_a_missing_mask(name: str) -> None:
+    flow, inputs, wanted = prepared(name)
+    drawer = UnevenDrawer(flow, MESHES["2x4"])
+    for seed in range(3):
+        plan = drawer.draw(seed)
+        with pytest.raises((AssertionError, ValueError)):
+            assert_same(outputs(flow, plan, without_masks(lowered(flow, plan)), inputs), wanted)
