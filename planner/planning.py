@@ -194,8 +194,11 @@ class Planning:
         return build_flow(self.graph, self.pins(), uneven=self.model.uneven)
 
     def pins(self) -> dict[str, Spec]:
-        pins = pinned_specs(self.graph, self.annotation, dict(self.mesh.axes))
+        pins = self.specs_of(self.annotation)
         return {**pins, **part_copies(self.graph, pins)} if self.given else pins
+
+    def specs_of(self, annotation: Annotation) -> dict[str, Spec]:
+        return pinned_specs(self.graph, annotation, dict(self.mesh.axes), self.model.uneven)
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -205,8 +208,9 @@ class Planning:
     def space(self) -> Space:
         self.say("pricing choices")
         rigid = {n: axes for n, axes in self.annotation.items() if n in self.as_laid}
-        as_laid = pinned_specs(self.graph, rigid, dict(self.mesh.axes))
-        return Space(self.flow, self.mesh, self.home_seconds(), as_laid, self.check_time)
+        return Space(
+            self.flow, self.mesh, self.home_seconds(), self.specs_of(rigid), self.check_time
+        )
 
     def home_seconds(self) -> HomeSeconds | None:
         """What homes cost by themselves: nothing."""
