@@ -61,7 +61,8 @@ class PipelinePlanning:
                 f"name it in the shape: {self.pipeline.axis}=4,…",
             )
         self.graph = training_step(self.model, keep=tuple(self.annotation))
-        pinned_specs(self.graph, self.annotation, dict(self.inner.axes))  # raises if it cannot hold
+        # Raises if it cannot hold.
+        pinned_specs(self.graph, self.annotation, dict(self.inner.axes), self.model.uneven)
 
     @property
     def pipeline(self) -> Pipeline:
