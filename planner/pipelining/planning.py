@@ -116,7 +116,7 @@ class PipelinePlanning:
 
     def planned(self, solve: Solver) -> Result:
         stages = len(self.table) * self.pipeline.interleave
-        starts = stage_starts(self.forward, stages, self.inner)
+        starts = stage_starts(self.forward, stages, self.inner, self.model.uneven)
         kinds = Kinds.of(cut(self.forward, starts))
         settled: dict[Crossing, Spec] = {}
         plans: dict[int, Plan] = {}
