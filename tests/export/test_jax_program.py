@@ -6,13 +6,14 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from small_models import decoder
+from small_models import built, conv_net, decoder
 
 import meshes
 from planner.architectures import build
@@ -219,6 +220,23 @@ def test_uneven_activations_are_padded_by_the_compiler(tmp_path: Path) -> None:
         result.specs[t.name].fits(t.shape, dict(MESH.axes))
         for t in (result.graph.tensors[n] for n in result.graph.inputs)
     )
+    run_sharded(result_program(result), tmp_path)
+
+
+@pytest.mark.slow
+def test_uneven_space_is_padded_by_the_compiler(tmp_path: Path) -> None:
+    """Rows and columns of strided, dilated and transposed convolutions, with their halos."""
+    model = f32(built(partial(conv_net, height=14, width=12), remat="full", optimizer="sgd"))
+    graph, sizes = model.graph.all_tensors(), dict(MESH.axes)
+    space = Spec(((), ("x",), ("y",), ()))
+    wanted = {
+        name: space.dims for name, t in graph.items()
+        if t.dims[:1] == ("B",) and len(t.shape) == 4 and space.fits(t.shape, sizes, True)
+        and t.role == "activation"
+    }  # fmt: skip
+    uneven = [name for name in wanted if not space.fits(graph[name].shape, sizes)]
+    assert len(uneven) >= 4, uneven
+    result = price_annotations(replace(model, uneven=True), MESH, wanted)
     run_sharded(result_program(result), tmp_path)
 
 
