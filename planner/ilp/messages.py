@@ -3,7 +3,8 @@
 Only the relaxation without limit belongs here (prices of memory are added to node costs by the
 caller). The graph is split into chains that are monotone in the node order; each sweep makes
 the chains agree better and never lowers their summed minima, which is the bound (Kolmogorov,
-Convergent Tree-Reweighted Message Passing, PAMI 2006).
+Convergent Tree-Reweighted Message Passing, PAMI 2006). Any order will do: here many segments of
+the program advance side by side, so that levels are few and large.
 
 Nodes of one level have no edge in common, so a level is one batch of flat array operations:
 cells of all matrices are stored twice, ordered for minimising over either end.
@@ -21,6 +22,10 @@ from planner.ilp.problem import Vector
 from planner.ilp.work import Work
 
 Ints = NDArray[np.int64]
+
+SEGMENT_NODES = 200
+"""Nodes that follow each other in the order of the problem before another segment starts.
+Shorter ones make levels larger, and news travels from segment to segment once per sweep."""
 
 
 @dataclass
@@ -55,9 +60,11 @@ class Messages:
         self.labels = int(self.first[-1])
         self.unary = np.concatenate([np.zeros(0), *(work.costs[n] for n in self.nodes)])
         index = {n: k for k, n in enumerate(self.nodes)}
+        self.rank = interleaved(len(self.nodes))
         self.edges = [
             (index[i], index[j], cost)
-            for i in self.nodes for j, cost in work.adj[i].items() if i < j
+            for i in self.nodes for j, cost in work.adj[i].items()
+            if self.rank[index[i]] < self.rank[index[j]]
         ]  # fmt: skip
         ends = np.array([(i, j) for i, j, _ in self.edges], dtype=np.int64).reshape(-1, 2)
         self.low, self.high = ends[:, 0], ends[:, 1]
@@ -71,10 +78,10 @@ class Messages:
     def levels(self, *, up: bool) -> Ints:
         """Of every node the length of the longest monotone path that leads to it."""
         level = [0] * len(self.nodes)
-        pairs = zip(self.low.tolist(), self.high.tolist(), strict=True)
-        for i, j in sorted(pairs) if up else sorted(pairs, key=lambda ends: -ends[1]):
-            source, target = (i, j) if up else (j, i)
-            level[target] = max(level[target], level[source] + 1)
+        source, target = (self.low, self.high) if up else (self.high, self.low)
+        rank = self.rank[source]
+        for e in np.argsort(rank if up else -rank, kind="stable").tolist():
+            level[target[e]] = max(level[target[e]], level[source[e]] + 1)
         return np.array(level, dtype=np.int64)
 
     def _batches(self, *, up: bool) -> list[Batch]:
@@ -149,3 +156,12 @@ class Messages:
         floor = np.minimum.reduceat(values, batch.out_start)
         self.message[batch.out_message] = values - floor[batch.out_edge]
         return float(floor.sum())
+
+
+def interleaved(count: int) -> Ints:
+    """The place of every node in the order: the first node of every segment, then the second."""
+    segments = max(1, count // SEGMENT_NODES)
+    length = -(-count // segments)
+    segment, step = np.divmod(np.arange(count), max(1, length))
+    rank: Ints = step * segments + segment
+    return rank
