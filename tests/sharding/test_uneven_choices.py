@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 from math import prod
 
 import pytest
-from small_models import conv_net, decoder, experts, rearranged, step_of, steps
+from small_models import odd_steps, steps
 
 import meshes
 from costmodels.pricing import kernel_seconds
@@ -16,7 +15,6 @@ from planner.graph import expr as ex
 from planner.graph import layers, structural, windows
 from planner.graph.builder import Builder
 from planner.graph.core import Graph, Op
-from planner.graph.derive import training_step
 from planner.lowering.halo import halos
 from planner.lowering.lower_op import lower_op
 from planner.model import Model, Training
@@ -130,13 +128,7 @@ def test_a_convolution_over_seven_rows() -> None:
     assert halos(op, choices(op, axes)["H:x"], graph.all_tensors(), sizes) == ()
 
 
-ODD = {"positions": 5, "vocabulary": 11, "width": 7, "hidden": 14, "heads": 3, "head": 3}
-MODELS = {
-    "decoder": lambda: training_step(decoder(batch=6, optimizer="adamw", **ODD)),
-    "conv net": lambda: step_of(partial(conv_net, batch=3, height=10, width=14)),
-    "experts": lambda: training_step(experts(batch=6)),
-    "rearranged": lambda: step_of(partial(rearranged, batch=6, width=5)),
-}
+MODELS = odd_steps()
 
 
 @pytest.mark.parametrize("name", MODELS)

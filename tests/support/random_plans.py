@@ -88,6 +88,25 @@ class PlanDrawer:
         return option.result(rule, place.slot, list(self.sizes))  # type: ignore[attr-defined]
 
 
+class UnevenDrawer(PlanDrawer):
+    """Prefers choices that pad something."""
+
+    def __init__(self, flow: Flow, axes: Axes) -> None:
+        super().__init__(flow, axes)
+        self.padding = {
+            ("op", name): tuple(
+                o for o in self.options["op", name]
+                if isinstance(o, Choice) and pads(site.op, o, self.sizes)
+            )
+            for name, site in flow.sites.items() if ("op", name) in self.options
+        }  # fmt: skip
+
+    def _option(self, rng: random.Random, node: Node, eager: float) -> object:
+        if self.padding.get(node) and rng.random() < 0.7:
+            return rng.choice(self.padding[node])
+        return super()._option(rng, node, eager)
+
+
 def padded_ops(flow: Flow, plan: Plan) -> set[str]:
     """Ops of which the plan splits a factor that does not divide."""
     return {

@@ -7,6 +7,7 @@ parts of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -225,6 +226,25 @@ def factored() -> Graph:
     """Adafactor's second moments as rows and columns, which real sizes have."""
     with patch.object(optimizers, "FACTORED_MIN", 4):
         return training_step(decoder(remat="full", optimizer="adafactor"))
+
+
+ODD = {"positions": 5, "vocabulary": 11, "width": 7, "hidden": 14, "heads": 3, "head": 3}
+
+
+def odd_steps() -> dict[str, Callable[[], Graph]]:
+    """Training steps most of whose sizes no number of devices divides, with every kind of op."""
+    net = partial(conv_net, batch=3, height=10, width=14)
+    return {
+        "decoder": lambda: training_step(
+            decoder(batch=6, remat="full", optimizer="adamw", **ODD)
+        ),
+        "decoder accumulation": lambda: training_step(
+            decoder(batch=12, remat="dots", optimizer="adafactor", accumulation_steps=2, **ODD)
+        ),
+        "experts": lambda: training_step(experts(batch=6)),
+        "conv net": lambda: step_of(net, remat="full", optimizer="momentum"),
+        "rearranged": lambda: step_of(partial(rearranged, batch=6, width=5), optimizer="sgd"),
+    }
 
 
 def steps() -> dict[str, Callable[[], Graph]]:

@@ -6,55 +6,22 @@ no numbers: whatever would add it up, or read it beside a window, would not be a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 
 import numpy as np
 import pytest
-from random_plans import PlanDrawer, expected, lowered, outputs, padded_ops, pads
-from small_models import conv_net, decoder, experts, rearranged, step_of
+from random_plans import UnevenDrawer, expected, lowered, outputs, padded_ops
+from small_models import odd_steps
 
 from costmodels.program import Block, Compute, Instruction, LoopStep, Program, Step
-from planner.graph.core import Graph
-from planner.graph.derive import training_step
-from planner.sharding.choices import Choice
 from planner.sharding.flow import Flow, build_flow
 from planner.values import reference
 
 MESHES = {"2x4": (("x", 2), ("y", 4)), "3x2": (("x", 3), ("y", 2)), "8": (("x", 8),)}
 DRAWS = 8  # plans per model and mesh: 24 per model
-ODD = {"positions": 5, "vocabulary": 11, "width": 7, "hidden": 14, "heads": 3, "head": 3}
-STEPS: dict[str, Callable[[], Graph]] = {
-    "decoder": lambda: training_step(decoder(batch=6, remat="full", optimizer="adamw", **ODD)),
-    "decoder accumulation": lambda: training_step(
-        decoder(batch=12, remat="dots", optimizer="adafactor", accumulation_steps=2, **ODD)
-    ),
-    "experts": lambda: training_step(experts(batch=6)),
-    "conv net": lambda: step_of(
-        partial(conv_net, batch=3, height=10, width=14), remat="full", optimizer="momentum"
-    ),
-    "rearranged": lambda: step_of(partial(rearranged, batch=6, width=5), optimizer="sgd"),
-}
-
-
-class UnevenDrawer(PlanDrawer):
-    """Prefers choices that pad something."""
-
-    def __init__(self, flow: Flow, axes: tuple[tuple[str, int], ...]) -> None:
-        super().__init__(flow, axes)
-        self.padding = {
-            ("op", name): tuple(
-                o for o in self.options["op", name]
-                if isinstance(o, Choice) and pads(site.op, o, self.sizes)
-            )
-            for name, site in flow.sites.items() if ("op", name) in self.options
-        }  # fmt: skip
-
-    def _option(self, rng, node, eager):  # type: ignore[no-untyped-def]
-        if self.padding.get(node) and rng.random() < 0.7:
-            return rng.choice(self.padding[node])
-        return super()._option(rng, node, eager)
+STEPS = odd_steps()
 
 
 @cache
