@@ -85,4 +85,6 @@ def _vector_flops(op: Op) -> float:
     exprs = op.attrs.get("exprs")
     if exprs is None or contraction_sizes(op) is not None:
         return 0.0
-    return float(volume(op.rule) * sum(max(1, ex.operations(e)) for e in exprs))
+    # Masking what lies beyond an uneven factor: a comparison and a selection at every point.
+    masks = 2 * len(op.attrs.get("sums", ()))
+    return float(volume(op.rule) * sum(max(1, ex.operations(e)) + masks for e in exprs))

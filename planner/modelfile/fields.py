@@ -238,6 +238,9 @@ class File(_Strict):
     constraints: dict[str, list[Axes]] = Field(
         {}, description="tensor → mesh axes of every dimension: layers.w_in: [data, null]"
     )
+    uneven: bool = Field(
+        False, description="whether axes may split dimensions that they do not divide, with padding"
+    )
     assumed: list[AssumedFields] = Field(
         [], description="values that the source leaves open, with their range"
     )

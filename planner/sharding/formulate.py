@@ -67,7 +67,7 @@ class Space:
     def __post_init__(self) -> None:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
-        self.resharder = mesh_resharder(self.mesh)
+        self.resharder = mesh_resharder(self.mesh, self.flow.uneven)
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
         self._op_nodes()
@@ -95,7 +95,7 @@ class Space:
         """The choices that read operands in the specs that `as_laid` demands."""
         laid = self.as_laid
         demanded = [(i, laid[name]) for i, name in enumerate(op.ins) if name in laid]
-        found = OpChoices(op, self.mesh.axes).choices
+        found = OpChoices(op, self.mesh.axes, self.flow.uneven).choices
         found = tuple(c for c in found if all(c.operand(op.rule, i) == s for i, s in demanded))
         if not found:
             raise Unsatisfiable(f"'{op.name}' cannot read its operands as they are laid")
@@ -316,10 +316,10 @@ class Space:
         return Plan(self.mesh.axes, choices, homes, proof)
 
 
-def mesh_resharder(mesh: LogicalMesh) -> Resharder:
+def mesh_resharder(mesh: LogicalMesh, uneven: bool = False) -> Resharder:
     """Reshardings priced on the links of `mesh`."""
     return Resharder(
-        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size)
+        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size), uneven
     )
 
 
@@ -347,22 +347,22 @@ def _halo_seconds(halo: Halo, dtype: str, mesh: LogicalMesh) -> float:
 def least_compute(flow: Flow, mesh: LogicalMesh) -> float:
     """A lower bound of any plan's serial time: every op under its cheapest choice."""
     tensors = flow.graph.all_tensors()
-    return sum(
-        site.times
-        * float(choice_seconds(site.op, OpChoices(site.op, mesh.axes).choices, tensors, mesh).min())
-        for site in flow.sites.values()
-    )
+    found = 0.0
+    for site in flow.sites.values():
+        choices = OpChoices(site.op, mesh.axes, flow.uneven).choices
+        found += site.times * float(choice_seconds(site.op, choices, tensors, mesh).min())
+    return found
 
 
 def home_specs(home: Home, sizes: Mapping[str, int]) -> tuple[Spec, ...]:
-    """Candidate specs of a home: all even ones (or its pin), its stacked dimensions whole."""
+    """Candidate specs of a home: all that fit (or its pin), its stacked dimensions whole."""
     inner = home.shape[home.lead :]
     if home.pin is not None:
         return (home.pin,)
     splitting = {a: n for a, n in sizes.items() if n > 1}
     return tuple(
         Spec(((),) * home.lead + s.dims, s.partial)
-        for s in all_specs(inner, splitting, partial=home.partial)
+        for s in all_specs(inner, splitting, home.partial, home.uneven)
     )
 
 

@@ -55,7 +55,8 @@ class BruteForce:
         self.options = self.drawer.options
         self.sizes = dict(mesh.axes)
         self.resharder = Resharder(
-            self.sizes, lambda kind, axes, size: collective_seconds(mesh, kind, axes, size)
+            self.sizes, lambda kind, axes, size: collective_seconds(mesh, kind, axes, size),
+            flow.uneven,
         )
         self.tensors = flow.graph.all_tensors()
         self.nodes = self._ordered()
