@@ -4,9 +4,10 @@
     python benchmarks/verify_random.py tpu --count 40    # memory too, and verdicts near the limit
 
 A plan is random where a user decides: mesh, batch, rematerialisation, and the shardings of the
-inputs and of half of the parameters are drawn; the rest is completed at least cost. On the TPU
-every plan gets a limit, drawn after compiling, so that the compiled peak lies within 25 % of it:
-the verdict "fits" must then be right. Prints Markdown; a run repeats for the same --seed.
+inputs, of what passes from layer to layer, and of half of the parameters are drawn; the rest is
+completed at least cost. On the TPU every plan gets a limit, drawn after compiling, so that the
+compiled peak lies within 25 % of it: the verdict "fits" must then be right. Prints Markdown; a run
+repeats for the same --seed, and goes on where the rows in --keep end.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from scaled_zoo import SMALL, TINY, scaled  # noqa: E402
 import meshes  # noqa: E402
 from meshes import LogicalMesh  # noqa: E402
 from planner.export.jax_program import result_program  # noqa: E402
+from planner.graph.core import Loop  # noqa: E402
 from planner.graph.derive import training_step  # noqa: E402
 from planner.model import Model  # noqa: E402
 from planner.pins import Annotation  # noqa: E402
@@ -45,7 +47,7 @@ from planner.sharding.choices import WHOLE_NAMES  # noqa: E402
 from planner.sharding.spec import all_specs  # noqa: E402
 from planner.verify import worker  # noqa: E402
 from planner.verify.compare import Thresholds, Verification, compare  # noqa: E402
-from planner.verify.compile import Compiled  # noqa: E402
+from planner.verify.compile import Compiled, needed_bytes  # noqa: E402
 from planner.verify.hlo import parse  # noqa: E402
 from planner.verify.hlo_reading import read  # noqa: E402
 from planner.verify.targets import target  # noqa: E402
@@ -64,15 +66,14 @@ class Case:
     result: Result
 
 
-def cases(backend: str, count: int, seed: int) -> Iterator[Case]:
+def case(backend: str, seed: int) -> Case:
     """Models in turn, each under the next seed."""
     names = sorted(TINY if backend == "cpu" else SMALL)
-    for n in range(count):
-        rng = random.Random(seed + n)
-        name = names[n % len(names)]
-        mesh = _mesh(rng, backend)
-        model = _model(rng, name, backend)
-        yield Case(name, seed + n, price_annotations(model, mesh, _pins(rng, model, mesh)))
+    rng = random.Random(seed)
+    name = names[seed % len(names)]
+    mesh = _mesh(rng, backend)
+    model = _model(rng, name, backend)
+    return Case(name, seed, price_annotations(model, mesh, _pins(rng, model, mesh)))
 
 
 def _mesh(rng: random.Random, backend: str) -> LogicalMesh:
@@ -82,14 +83,14 @@ def _mesh(rng: random.Random, backend: str) -> LogicalMesh:
 def _model(rng: random.Random, name: str, backend: str) -> Model:
     if backend == "cpu":
         return scaled(name, TINY[name], 16, "training.compute=f32", "training.optimizer=adamw")
-    batch = rng.choice((32, 64, 128))
+    batch = rng.choice((64, 128, 256))
     remat = f"training.remat={rng.choice(REMATS)}"
-    width = f"architecture.d_ff={rng.choice((2048, 4096, 8192))}"
+    width = f"architecture.d_ff={rng.choice((4096, 8192, 16384))}"
     return scaled(name, SMALL[name], batch, remat, width)
 
 
 def _pins(rng: random.Random, model: Model, mesh: LogicalMesh) -> Annotation:
-    """Inputs split along their batch, half of the parameters anyhow."""
+    """Inputs and what layers carry split along their batch, half of the parameters anyhow."""
     sizes = {a: n for a, n in mesh.axes if n > 1}
     batch = rng.choice([(a,) for a in sizes] + [tuple(sizes)])
     pins: dict[str, tuple[tuple[str, ...], ...]] = {}
@@ -98,11 +99,14 @@ def _pins(rng: random.Random, model: Model, mesh: LogicalMesh) -> Annotation:
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
         if rng.random() < 0.5:
             pins[tensor.name] = rng.choice(all_specs(tensor.shape[stacked:], sizes)).dims
-    for name in model.graph.inputs:
-        tensor = model.graph.tensors[name]
-        even = tensor.shape and tensor.shape[0] % mesh.size(batch) == 0
-        if tensor.role != "parameter" and even and name in graph.tensors:
-            pins[name] = (batch, *((),) * (len(tensor.shape) - 1))
+    tensors = model.graph.all_tensors()
+    inputs = [n for n in model.graph.inputs if tensors[n].role != "parameter"]
+    loops = (node for node in model.graph.nodes if isinstance(node, Loop))
+    carried = [k.entry for loop in loops for k in loop.carries]
+    known = graph.all_tensors()
+    for tensor in (tensors[n] for n in (*inputs, *carried) if n in known):
+        if tensor.shape and tensor.shape[0] % mesh.size(batch) == 0:
+            pins[tensor.name] = (batch, *((),) * (len(tensor.shape) - 1))
     return pins
 
 
@@ -123,7 +127,12 @@ def compile_here(source: str, mesh: LogicalMesh, backend: str) -> Compiled:
     with tempfile.TemporaryDirectory() as name:
         program, hlo = Path(name) / "program.py", Path(name) / "hlo.txt"
         program.write_text(source, encoding="utf-8")
-        answer = worker.compiled({**asdict(goal), "program": str(program), "hlo": str(hlo)})
+        try:
+            answer = worker.compiled({**asdict(goal), "program": str(program), "hlo": str(hlo)})
+        except Exception as error:  # JAX has no class of its own for it
+            if worker.EXHAUSTED not in str(error):
+                raise
+            return Compiled(backend, "exhausted", {}, needed_bytes=needed_bytes(str(error)))
         text = hlo.read_text(encoding="utf-8")
     return Compiled(backend, answer["status"], {}, answer["memory"], hlo=text)
 
@@ -192,8 +201,11 @@ def main() -> None:
     given = parser.parse_args()
     target = given.keep or Path(tempfile.mkdtemp()) / "rows.jsonl"
     rows = []
-    for case in cases(given.backend, given.count, given.seed):
-        rows.append(row(case, *compiled(case, given.backend)))
+    if target.is_file():
+        rows = [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+    for seed in range(given.seed + len(rows), given.seed + given.count):
+        drawn = case(given.backend, seed)
+        rows.append(row(drawn, *compiled(drawn, given.backend)))
         with target.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(rows[-1], file=sys.stderr, flush=True)

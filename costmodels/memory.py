@@ -6,8 +6,8 @@ iterations):
 * all buffers of a step coexist: operands, results and what lies between them;
 * a buffer lives from the step that makes it through the last that reads it; what a loop body
   reads from outside lives to the loop's end;
-* inputs live all the time, and so does what an output needs; an output that takes over an
-  input's memory (donated state), or a slice of a stack, takes none of its own;
+* inputs and copies of them live all the time, and so does what an output needs; an output that
+  takes over an input's memory (donated state), or a slice of a stack, takes none of its own;
 * a stack that a loop writes is allocated when the loop starts and lives through the step after
   it, one that it reads lives to its end;
 * a carried value occupies one buffer from the start of an iteration (`entry`, to its last reader),
@@ -105,11 +105,11 @@ class _Liveness:
         return len(self.names)
 
     def lifetimes(self) -> Lifetimes:
-        for b in self.program.inputs.values():
-            self.first[b] = 0
+        lasting = (*self.program.inputs.values(), *self.program.copies)
+        self.first.update((b, 0) for b in lasting)
         self.block(self.program.block)
         end = self.now
-        for b in (*self.program.inputs.values(), *self.program.outputs.values()):
+        for b in (*lasting, *self.program.outputs.values()):
             self.stop[b] = end
         roots = _roots(self.program)
         for b, root in roots.items():

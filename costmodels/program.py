@@ -159,13 +159,15 @@ Block = tuple[Step | LoopStep, ...]
 
 @dataclass(frozen=True)
 class Program:
-    """One device's step. `inputs`, `outputs` map logical tensors to buffers."""
+    """One device's step. `inputs`, `outputs` map logical tensors to buffers; `copies` are buffers
+    that live as long as the inputs (see `gathered`)."""
 
     axes: tuple[tuple[str, int], ...]
     buffers: Mapping[int, Buffer]
     block: Block
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
+    copies: tuple[int, ...] = ()
 
     def instructions(self) -> Iterator[tuple[Instruction, int]]:
         """Every instruction with the number of its executions in a step."""

@@ -28,7 +28,7 @@ STACKED = ("gpipe", "circular")  # schedules that one SPMD program of equal stag
 class Training:
     """How a step is trained. `batch` counts sequences (or images) per optimizer step, all
     `accumulation_steps` and `pipeline_microbatches` included; the forward graph is built for
-    one part."""
+    one part. `fused_accumulation`: products add to the gradients of earlier parts themselves."""
 
     batch: int
     optimizer: str = "adamw"
@@ -37,6 +37,7 @@ class Training:
     states: str = "f32"
     master: bool = False
     gradients: str = "f32"
+    fused_accumulation: bool = False
     remat: Remat = "full"
     accumulation_steps: int = 1
     pipeline_microbatches: int = 1
@@ -111,7 +112,8 @@ class Model:
     To be trained: the forward graph, whose outputs[0] is the scalar loss. For inference: the
     whole step, whose outputs[0] are the logits; the others are caches, donated ones as aliases.
     `constraints`: tensor name → for every dimension (stacked layer dimensions left out) the
-    mesh axes it is pinned to. `tokens`: what one step processes, for throughput.
+    mesh axes it is pinned to. `tokens`: what one step processes, for throughput. `uneven`: axes
+    may split dimensions that they do not divide.
     """
 
     name: str
@@ -123,6 +125,7 @@ class Model:
     shape: Mapping[str, int] | str | None = None
     layout: Mapping[str, Mapping[str, int]] | None = None  # as meshes.logical takes it
     constraints: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    uneven: bool = False
     assumed: tuple[Assumed, ...] = ()
     published_parameters: float | None = None
     digest: str = ""

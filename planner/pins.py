@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from planner.graph.core import Graph, Loop
+from planner.graph.core import ARGUMENTS, Graph, Loop
 from planner.graph.derive import AGAIN
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
@@ -29,12 +29,14 @@ class PinError(ValueError):
         return f"'{self.tensor}': {self.message}"
 
 
-def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str, Spec]:
+def pinned_specs(
+    graph: Graph, annotation: Annotation, sizes: Sizes, uneven: bool = False
+) -> dict[str, Spec]:
     """Spec of every tensor of the training step that the annotation decides.
 
     Annotations leave stacked dimensions out, which stay whole; others than parameters may have
     them. Raises PinError for an unknown tensor or axis, a wrong rank, an axis used twice or a size
-    that does not divide.
+    that does not divide (`uneven`: of an argument of the step; others may be padded).
     """
     tensors = graph.all_tensors()
     pins: dict[str, Spec] = {}
@@ -45,7 +47,8 @@ def pinned_specs(graph: Graph, annotation: Annotation, sizes: Sizes) -> dict[str
         tensor = tensors[name]
         stacked = sum(d in WHOLE_NAMES for d in tensor.dims)
         whole = tensor.role != "parameter" and len(dims) == len(tensor.shape)
-        _check(name, spec, tensor.shape if whole else tensor.shape[stacked:], sizes)
+        shape = tensor.shape if whole else tensor.shape[stacked:]
+        _check(name, spec, shape, sizes, uneven and tensor.role not in ARGUMENTS)
         # Axes of size 1 split nothing: the specs of choices have none.
         left_out: list[tuple[str, ...]] = [()] * (len(tensor.shape) - len(dims))
         spec = Spec((*left_out, *(tuple(a for a in d if sizes[a] > 1) for d in spec.dims)))
@@ -73,7 +76,9 @@ def part_copies(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:
     }
 
 
-def _check(name: str, spec: Spec, shape: Sequence[int], sizes: Sizes) -> None:
+def _check(
+    name: str, spec: Spec, shape: Sequence[int], sizes: Sizes, uneven: bool
+) -> None:
     if len(spec.dims) != len(shape):
         raise PinError(name, f"{len(spec.dims)} dimensions annotated, it has {len(shape)}")
     unknown = [a for a in spec.axes if a not in sizes]
@@ -81,5 +86,5 @@ def _check(name: str, spec: Spec, shape: Sequence[int], sizes: Sizes) -> None:
         raise PinError(name, f"unknown mesh axis '{unknown[0]}'; the mesh has {', '.join(sizes)}")
     if len(set(spec.axes)) != len(spec.axes):
         raise PinError(name, "a mesh axis can split only one dimension of a tensor")
-    if not spec.fits(shape, sizes):
+    if not spec.fits(shape, sizes, uneven):
         raise PinError(name, f"{spec} does not divide {list(shape)} evenly")

@@ -12,6 +12,7 @@ from functools import cached_property
 from math import inf, sqrt
 from typing import TYPE_CHECKING
 
+from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
 from costmodels.program import Program
@@ -191,11 +192,14 @@ class Planning:
         return step_of(self.model, keep=tuple(self.annotation))
 
     def laid_out(self) -> Flow:
-        return build_flow(self.graph, self.pins())
+        return build_flow(self.graph, self.pins(), uneven=self.model.uneven)
 
     def pins(self) -> dict[str, Spec]:
-        pins = pinned_specs(self.graph, self.annotation, dict(self.mesh.axes))
+        pins = self.specs_of(self.annotation)
         return {**pins, **part_copies(self.graph, pins)} if self.given else pins
+
+    def specs_of(self, annotation: Annotation) -> dict[str, Spec]:
+        return pinned_specs(self.graph, annotation, dict(self.mesh.axes), self.model.uneven)
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -205,8 +209,9 @@ class Planning:
     def space(self) -> Space:
         self.say("pricing choices")
         rigid = {n: axes for n, axes in self.annotation.items() if n in self.as_laid}
-        as_laid = pinned_specs(self.graph, rigid, dict(self.mesh.axes))
-        return Space(self.flow, self.mesh, self.home_seconds(), as_laid, self.check_time)
+        return Space(
+            self.flow, self.mesh, self.home_seconds(), self.specs_of(rigid), self.check_time
+        )
 
     def home_seconds(self) -> HomeSeconds | None:
         """What homes cost by themselves: nothing."""
@@ -227,7 +232,7 @@ class Planning:
 
     @cached_property
     def resharder(self) -> Resharder:
-        return mesh_resharder(self.mesh)
+        return mesh_resharder(self.mesh, self.model.uneven)
 
     # ---- entry points ---------------------------------------------------------------------
 
@@ -406,7 +411,7 @@ class Planning:
     def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
-            program = narrow_stacks(program)
+            program = copy_gathered(narrow_stacks(program))
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
     def result(self, c: Candidate) -> Result:

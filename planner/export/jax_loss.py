@@ -1,7 +1,7 @@
 """The forward graph as the source of one JAX function: loss(params, batch, mesh).
 
-Loops become `lax.scan` over their stacked parameters, their bodies are checkpointed as the remat
-policy says, and tensors with a spec are annotated by name. Single ops are in `jax_ops.py`.
+Loops become `lax.scan` over their stacked parameters, their bodies are checkpointed and keep what
+the plan keeps, and tensors with a spec are annotated by name. Single ops are in `jax_ops.py`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.export.jax_ops import OpText, reads, statements
-from planner.graph.builder import contraction_sizes
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
-from planner.model import RECOMPUTES_ALL, Remat
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
@@ -27,23 +25,19 @@ _RESERVED = {
 
 @dataclass
 class LossWriter:
-    """Writes one function. `annotated` names the tensors that get a sharding constraint.
-    Shardings come as source text."""
+    """Writes one function. `annotated` names the tensors that get a sharding constraint, `kept`
+    those that bodies save for the backward pass. Shardings come as source text."""
 
     graph: Graph
-    remat: Remat
     annotated: Collection[str]
+    kept: Collection[str]
     uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
     sums: Mapping[str, str]  # product → its sharding where it is made
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameter_of: dict[str, str] = field(default_factory=dict)  # slice in a body → its parameter
-
-    @property
-    def chooses(self) -> bool:
-        """Whether some values of a body are saved, and not none or all."""
-        return not isinstance(self.remat, str) or self.remat in ("dots", "attention")
+    labels: list[str] = field(default_factory=list)  # of what bodies save
 
     def lines(self) -> list[str]:
         """The body of the function, unindented."""
@@ -78,8 +72,9 @@ class LossWriter:
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)
-            if prefix and self.chooses and _saved(op, self.remat, self):
-                code = f'saved({code}, "{self.variables[named[0]]}")'
+            if prefix and not set(named).isdisjoint(self.kept):
+                self.labels.append(self.variables[named[0]])
+                code = f'saved({code}, "{self.labels[-1]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
         return lines
 
@@ -150,7 +145,7 @@ class LossWriter:
         call = f"lax.scan({function}, {_several(inits)}, {{{items}}}, length={loop.times}{back})"
         return [
             "",
-            *(() if loop.of_parts else self._decorator()),
+            *(() if loop.of_parts else (self._decorator(),)),
             f"def {function}({argument}, w):",
             *(f"    {line}" if line else "" for line in [*first, *inside]),
             "",
@@ -160,41 +155,10 @@ class LossWriter:
     def _key(self, stack: Stack, loop: Loop) -> str:
         return stack.outer.replace("[i]", "").removeprefix(f"{loop.name}.")
 
-    def _decorator(self) -> list[str]:
-        if self.remat == "none":
-            return []
-        if self.remat in RECOMPUTES_ALL:
-            return ["@partial(jax.checkpoint, prevent_cse=False)"]
-        return ["@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"]
-
-
-def saved_names(graph: Graph, remat: Remat, writer: LossWriter) -> list[str]:
-    """Variables that are kept for the backward pass where only some are."""
-    found = []
-    for node in graph.nodes:
-        if isinstance(node, Loop):
-            for op, _ in node.body.walk():
-                kept = op.outs[0] in writer.variables and _saved(op, remat, writer)
-                found += [writer.variables[op.outs[0]]] if kept else []
-    return found
-
-
-def _saved(op: Op, remat: Remat, writer: LossWriter) -> bool:
-    """Whether the policy saves the op's result (what derives from parameters alone is redone)."""
-    if not isinstance(remat, str):
-        return not set(remat).isdisjoint(op.outs)
-    weights = [_from_parameters(n, writer) for n in op.ins]
-    if op.ins and all(weights):
-        return False
-    if remat == "dots":
-        return contraction_sizes(op) is not None and any(weights)
-    names = {f.name for f in op.rule.factors}
-    mixes = contraction_sizes(op) is not None and "T" not in op.attrs.get("kept", ("T",))
-    return not ({"S", "T"} <= names and not mixes)
-
-
-def _from_parameters(name: str, writer: LossWriter) -> bool:
-    return writer.tensors[name].role == "parameter" or name.endswith(".cast")
+    def _decorator(self) -> str:
+        if not self.labels:
+            return "@partial(jax.checkpoint, prevent_cse=False)"
+        return "@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"
 
 
 def _live(nodes: Sequence[Node], wanted: Collection[str]) -> list[Node]:

@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 from meshes import LogicalMesh
 from planner.export.jax_expr import JNP_DTYPES
-from planner.export.jax_loss import LossWriter, saved_names, wrapped
+from planner.export.jax_loss import LossWriter, wrapped
 from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
 from planner.export.placement import Placement, placement
 from planner.graph.core import Graph, Tensor
+from planner.graph.saving import saved_values
 from planner.model import Model, Training, remat_text
 from planner.pipelining.stacked import stacked
 from planner.result import Result
@@ -52,13 +53,13 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     }
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
-    writer = LossWriter(graph, training.remat, annotated, uses, sums)
+    writer = LossWriter(graph, annotated, saved_values(model), uses, sums)
     body = writer.lines()
     parts = [
         _header(model, mesh),
         _mesh_source(mesh),
         tables.source(),
-        _saved_source(graph, training, writer),
+        _saved_source(writer.labels),
         _HELPERS.strip("\n").split("\n"),
         ["def loss_fn(params, batch, mesh=None):",
          f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
@@ -196,11 +197,10 @@ def _table(name: str, rows: Mapping[str, str]) -> list[str]:
     return [*lines, "}"]
 
 
-def _saved_source(graph: Graph, training: Training, writer: LossWriter) -> list[str]:
-    if not writer.chooses:
+def _saved_source(labels: Sequence[str]) -> list[str]:
+    if not labels:
         return []
-    names = saved_names(graph, training.remat, writer)
-    quoted = ", ".join(f'"{n}"' for n in names)
+    quoted = ", ".join(f'"{label}"' for label in labels)
     return [
         "# What the backward pass keeps of every layer; all else is computed again.",
         *wrapped(f"SAVED = jax.checkpoint_policies.save_only_these_names({quoted})"),

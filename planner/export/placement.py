@@ -46,8 +46,9 @@ def placement(result: Result) -> Placement:
         choice = result.plan.choices.get(op.name)
         if op.phase != "forward" or choice is None:
             continue
-        # Of a table that is looked into the compiler has better ways than gathering it.
-        operands = {} if op.attrs.get("onehot") else _operands(op, result)
+        operands = _operands(op, result)
+        if op.attrs.get("onehot"):  # compilers have better ways than gathering the table
+            operands.pop(op.ins[0], None)
         for name, spec in operands.items():
             home = result.specs.get(name)
             if home is not None and not spec.partial and spec != home:

@@ -21,6 +21,7 @@ from typing import Any
 ROLES = (
     "input", "parameter", "state", "cache", "gradient", "residual", "activation", "scalar",
 )  # fmt: skip
+ARGUMENTS = ("input", "parameter", "state", "cache")  # roles of what a step is given
 
 
 @dataclass(frozen=True)

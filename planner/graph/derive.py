@@ -171,7 +171,7 @@ def _close_accumulation(
 ) -> tuple[str, dict[str, str]]:  # fmt: skip
     """Gradients (and the loss) become carried sums over the microbatches, then means."""
     carries = []
-    steps = settings.parts
+    steps, fused = settings.parts, settings.fused_accumulation
     for name in (*([loss] if loss else ()), *gradients.values()):
         # Partial sums may add up too: the reduction over devices comes after the last part.
         dtype = "f32" if name == loss else settings.gradients
@@ -185,7 +185,7 @@ def _close_accumulation(
         value = ex.add(ex.x(0), ex.div(ex.x(1), ex.c(steps)))
         exit_ = scope.map(
             f"{name}.sum", [(entry, tensor.dims), (name, tensor.dims)], tensor.dims, value,
-            dtype=dtype,
+            dtype=dtype, attrs={"in_products": True} if fused and name != loss else None,
         )  # fmt: skip
         carries.append((zero, entry, exit_))
     carried = {n for _, entry, exit_ in carries for n in (entry, exit_)}

@@ -37,6 +37,18 @@ def chain(
     return _thinned(order)
 
 
+def saved_values(model: Model) -> frozenset[str]:
+    """What the bodies of the forward pass save, by the model's names."""
+    return frozenset(_saved(training_step(model).nodes))
+
+
+def _saved(nodes: Iterable[Node]) -> Iterable[str]:
+    for node in nodes:
+        if isinstance(node, Loop) and node.phase == "forward":
+            yield from (s.inner for s in node.writes)
+            yield from _saved(node.body.nodes)
+
+
 def _backward_loops(nodes: Iterable[Node]) -> Iterable[Loop]:
     """Outermost loops that recompute: what inner ones save follows from theirs."""
     for node in nodes:

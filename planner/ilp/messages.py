@@ -3,7 +3,8 @@
 Only the relaxation without limit belongs here (prices of memory are added to node costs by the
 caller). The graph is split into chains that are monotone in the node order; each sweep makes
 the chains agree better and never lowers their summed minima, which is the bound (Kolmogorov,
-Convergent Tree-Reweighted Message Passing, PAMI 2006).
+Convergent Tree-Reweighted Message Passing, PAMI 2006). Any order will do: here many segments of
+the program advance side by side, so that levels are few and large.
 
 Nodes of one level have no edge in common, so a level is one batch of flat array operations:
 cells of all matrices are stored twice, ordered for minimising over either end.
@@ -16,10 +17,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.ilp.levels import Cut, before, ranges
 from planner.ilp.problem import Vector
 from planner.ilp.work import Work
 
 Ints = NDArray[np.int64]
+
+SEGMENT_NODES = 200
+"""Nodes that follow each other in the order of the problem before another segment starts.
+Shorter ones make levels larger, and news travels from segment to segment once per sweep."""
 
 
 @dataclass
@@ -54,112 +60,75 @@ class Messages:
         self.labels = int(self.first[-1])
         self.unary = np.concatenate([np.zeros(0), *(work.costs[n] for n in self.nodes)])
         index = {n: k for k, n in enumerate(self.nodes)}
-        edges = [
+        self.rank = interleaved(len(self.nodes))
+        self.edges = [
             (index[i], index[j], cost)
-            for i in self.nodes for j, cost in work.adj[i].items() if i < j
+            for i in self.nodes for j, cost in work.adj[i].items()
+            if self.rank[index[i]] < self.rank[index[j]]
         ]  # fmt: skip
-        self.edges = edges
-        self._layout()
-        self.forward = self._batches(self._levels(up=True), up=True)
-        self.backward = self._batches(self._levels(up=False), up=False)
-        self.message = np.zeros(self.message_count)
+        ends = np.array([(i, j) for i, j, _ in self.edges], dtype=np.int64).reshape(-1, 2)
+        self.low, self.high = ends[:, 0], ends[:, 1]
+        # Message e,high (at the labels of the higher end) and e,low, one after the other.
+        lengths = self.sizes[ends[:, ::-1]]
+        self.to_high, self.to_low = before(lengths.ravel()).reshape(-1, 2).T
+        self.message = np.zeros(int(lengths.sum()))
+        self.forward = self._batches(up=True)
+        self.backward = self._batches(up=False)
 
-    def _layout(self) -> None:
-        """Message e,j (at the labels of the higher end j) and e,i, one after the other."""
-        at = 0
-        self.to_high: list[int] = []
-        self.to_low: list[int] = []
-        self.above: list[list[int]] = [[] for _ in self.nodes]
-        self.below: list[list[int]] = [[] for _ in self.nodes]
-        for e, (i, j, _) in enumerate(self.edges):
-            self.to_high.append(at)
-            at += int(self.sizes[j])
-            self.to_low.append(at)
-            at += int(self.sizes[i])
-            self.above[i].append(e)
-            self.below[j].append(e)
-        self.message_count = at
+    def levels(self, *, up: bool) -> Ints:
+        """Of every node the length of the longest monotone path that leads to it."""
+        level = [0] * len(self.nodes)
+        source, target = (self.low, self.high) if up else (self.high, self.low)
+        rank = self.rank[source]
+        for e in np.argsort(rank if up else -rank, kind="stable").tolist():
+            level[target[e]] = max(level[target[e]], level[source[e]] + 1)
+        return np.array(level, dtype=np.int64)
 
-    def _levels(self, *, up: bool) -> list[list[int]]:
-        """Nodes by length of the longest monotone path that leads to them."""
-        count = len(self.nodes)
-        level = [0] * count
-        for n in range(count) if up else range(count - 1, -1, -1):
-            for e in self.below[n] if up else self.above[n]:
-                other = self.edges[e][0] if up else self.edges[e][1]
-                level[n] = max(level[n], level[other] + 1)
-        groups: list[list[int]] = [[] for _ in range(max(level, default=-1) + 1)]
-        for n in range(count):
-            groups[level[n]].append(n)
-        return groups
+    def _batches(self, *, up: bool) -> list[Batch]:
+        """Everything flat, in the order of the levels; then cut."""
+        level = self.levels(up=up)
+        count = int(level.max(initial=-1)) + 1
+        nodes = np.argsort(level, kind="stable")
+        sizes, at_level = self.sizes[nodes], level[nodes]
+        rank, start = np.empty_like(nodes), np.empty_like(nodes)
+        rank[nodes] = np.arange(len(nodes))
+        start[nodes] = before(sizes, at_level)
+        ahead, behind = (np.bincount(end, minlength=len(nodes)) for end in (self.low, self.high))
+        chains = np.maximum(np.maximum(ahead, behind), 1)[nodes]
+        outgoing = (ahead if up else behind)[nodes]
 
-    def _batches(self, groups: list[list[int]], *, up: bool) -> list[Batch]:
-        return [self._batch(group, up=up) for group in groups]
+        end = np.concatenate([self.high, self.low])  # of messages that arrive
+        arriving = np.argsort(rank[end], kind="stable")
+        end, message = end[arriving], np.concatenate([self.to_high, self.to_low])[arriving]
 
-    def _batch(self, group: list[int], *, up: bool) -> Batch:
-        label_at: list[Ints] = []
-        starts: list[int] = []
-        in_message: list[Ints] = []
-        in_label: list[Ints] = []
-        gamma: list[Vector] = []
-        free: list[float] = []
-        sends: list[tuple[int, int, int]] = []  # (edge, own size, label start)
-        at = 0
-        for n in group:
-            size = int(self.sizes[n])
-            starts.append(at)
-            label_at.append(self.first[n] + np.arange(size))
-            for e in self.below[n]:
-                in_message.append(self.to_high[e] + np.arange(size))
-                in_label.append(at + np.arange(size))
-            for e in self.above[n]:
-                in_message.append(self.to_low[e] + np.arange(size))
-                in_label.append(at + np.arange(size))
-            outgoing = self.above[n] if up else self.below[n]
-            chains = max(len(self.above[n]), len(self.below[n]), 1)
-            gamma.append(np.full(size, 1.0 / chains))
-            free.append(1.0 - len(outgoing) / chains)
-            sends += [(e, size, at) for e in outgoing]
-            at += size
-        sent = self._sends(sends, up=up)
-        return Batch(
-            np.array(group), np.concatenate(label_at), np.array(starts),
-            np.repeat(np.arange(len(group)), [int(self.sizes[n]) for n in group]),
-            _cat(in_message), _cat(in_label), np.concatenate(gamma), np.array(free), *sent,
+        own, other, out, back = self.low, self.high, self.to_high, self.to_low
+        if not up:
+            own, other, out, back = other, own, back, out
+        sent = np.argsort(rank[own], kind="stable")
+        own, other, out, back = own[sent], other[sent], out[sent], back[sent]
+        size, width, by = self.sizes[own], self.sizes[other], level[own]
+        costs = (self.edges[e][2] for e in sent.tolist())
+        cells = [np.zeros(0), *((cost.T if up else cost).ravel() for cost in costs)]
+        row = np.repeat(size, width)  # cells of each message entry
+
+        one = np.ones_like(nodes)
+        per_node, per_label = Cut(at_level, one, count), Cut(at_level, sizes, count)
+        per_arrival = Cut(level[end], self.sizes[end], count)
+        per_edge, per_send = Cut(by, np.ones_like(by), count), Cut(by, size, count)
+        per_cell, per_entry = Cut(by, size * width, count), Cut(by, width, count)
+        columns = (
+            per_node(nodes), per_label(ranges(self.first[nodes], sizes)), per_node(start[nodes]),
+            per_label(np.repeat(before(one, at_level), sizes)),
+            per_arrival(ranges(message, self.sizes[end])),
+            per_arrival(ranges(start[end], self.sizes[end])),
+            per_label(np.repeat(1.0 / chains, sizes)), per_node(1.0 - outgoing / chains),
+            per_send(ranges(start[own], size)), per_send(ranges(back, size)),
+            per_cell(np.concatenate(cells)),
+            per_cell(ranges(np.repeat(before(size, by), width), row)),
+            per_entry(before(row, np.repeat(by, width))), per_entry(ranges(out, width)),
+            per_edge(before(width, by)), per_entry(np.repeat(before(np.ones_like(by), by), width)),
         )  # fmt: skip
-
-    def _sends(
-        self, sends: list[tuple[int, int, int]], *, up: bool
-    ) -> tuple[Ints, Ints, Vector, Ints, Ints, Ints, Ints, Ints]:
-        """Index arrays of the messages along `sends`."""
-        label: list[Ints] = []
-        back: list[Ints] = []
-        cells: list[Vector] = []
-        cell_send: list[Ints] = []
-        cell_start: list[Ints] = []
-        out: list[Ints] = []
-        out_start: list[int] = []
-        out_edge: list[Ints] = []
-        sent = cell = entry = 0
-        for k, (e, size, at) in enumerate(sends):
-            cost = self.edges[e][2].T if up else self.edges[e][2]  # [other, own]
-            other = cost.shape[0]
-            label.append(at + np.arange(size))
-            back.append((self.to_low[e] if up else self.to_high[e]) + np.arange(size))
-            cells.append(np.ascontiguousarray(cost).ravel())
-            cell_send.append(np.tile(sent + np.arange(size), other))
-            cell_start.append(cell + np.arange(other) * size)
-            out.append((self.to_high[e] if up else self.to_low[e]) + np.arange(other))
-            out_start.append(entry)
-            out_edge.append(np.full(other, k))
-            sent += size
-            cell += size * other
-            entry += other
-        values = np.concatenate([np.zeros(0), *cells])
-        return (
-            _cat(label), _cat(back), values, _cat(cell_send), _cat(cell_start), _cat(out),
-            np.array(out_start, dtype=np.int64), _cat(out_edge),
-        )  # fmt: skip
+        return [Batch(*parts) for parts in zip(*columns, strict=True)] if count else []
 
     def belief(self, batch: Batch, cost: Vector) -> Vector:
         """Own cost plus all incoming messages, over the labels of the batch."""
@@ -189,5 +158,10 @@ class Messages:
         return float(floor.sum())
 
 
-def _cat(parts: list[Ints]) -> Ints:
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+def interleaved(count: int) -> Ints:
+    """The place of every node in the order: the first node of every segment, then the second."""
+    segments = max(1, count // SEGMENT_NODES)
+    length = -(-count // segments)
+    segment, step = np.divmod(np.arange(count), max(1, length))
+    rank: Ints = step * segments + segment
+    return rank

@@ -74,7 +74,7 @@ def _shrink(
         batch, waiting = sorted(waiting), set()
         for n in batch:
             if work.present[n] and not eliminate(work, n):
-                drop_dominated(work, n, memory)
+                drop_dominated(work, n)
 
 
 def _cheap(work: Work, n: int, seen: Edges) -> None:

@@ -121,18 +121,55 @@ def own_change(work: Work, n: int) -> Matrix:
     return np.where(no_more_use(work, n) & ~np.isnan(change), change, np.inf)
 
 
-def drop_dominated(work: Work, n: int, memory: Memory | None = None) -> bool:
-    """Removes dominated strategies of `n`; of equals the first stays. True if any went."""
+def drop_dominated(work: Work, n: int) -> bool:
+    """Removes dominated strategies of `n`; of equals the first stays. True if any went.
+
+    Comparing two is linear in the neighbours' strategies, so pairs are first compared where the
+    neighbours suit b best: few strategies are better even there.
+    """
     if work.size(n) < 2:
         return False
-    memory = Memory() if memory is None else memory
-    parts = {m: memory.call(worst_change, cost) for m, cost in work.adj[n].items()}
-    change = _sum_without(own_change(work, n), parts, -1)
-    kept = undominated(change <= 0)
+    own = own_change(work, n)
+    costs = list(work.adj[n].values())
+    at_best = [change_at_best(cost) for cost in costs]
+    with np.errstate(invalid="ignore"):
+        hopeful = sum(at_best, own) <= 0
+    np.fill_diagonal(hopeful, False)
+    a, b = np.nonzero(hopeful)
+    parts = [own[a, b], *(change[a, b] for change in at_best)]
+    for k, cost in enumerate(costs, 1):
+        if not len(a):
+            return False
+        parts[k] = worst_of_pairs(cost, a, b)
+        with np.errstate(invalid="ignore"):
+            left = sum(parts) <= 0
+        a, b, parts = a[left], b[left], [part[left] for part in parts]
+    beats = np.zeros_like(hopeful)
+    beats[a, b] = True
+    kept = undominated(beats)
     if len(kept) == work.size(n):
         return False
     work.keep(n, kept)
     return True
+
+
+def change_at_best(cost: Matrix) -> Matrix:
+    """[a, b]: cost[a, l] - cost[b, l] at the l that is cheapest for b, so at most the worst."""
+    best = cost.argmin(axis=1)
+    with np.errstate(invalid="ignore"):
+        change: Matrix = cost[:, best] - cost[np.arange(len(cost)), best]
+    return change
+
+
+def worst_of_pairs(cost: Matrix, a: Ints, b: Ints) -> Vector:
+    """`worst_change` of the pairs (a[i], b[i]) alone."""
+    step = max(1, CHUNK_CELLS // cost.shape[1])
+    parts = []
+    with np.errstate(invalid="ignore"):
+        for at in range(0, len(a), step):
+            change = cost[a[at : at + step]] - cost[b[at : at + step]]
+            parts.append(np.fmax.reduce(change, axis=1))
+    return np.concatenate(parts)
 
 
 def undominated(beats: Mask) -> Ints:

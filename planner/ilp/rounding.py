@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from planner.ilp.levels import Cut, ranges
 from planner.ilp.messages import Batch, Messages
 from planner.ilp.problem import Vector
 
@@ -24,10 +25,8 @@ to be avoided, small enough that float64 still sees 10^-9 of the rest."""
 
 @dataclass
 class Plan:
-    """How one level collects: messages from above, matrix rows from below."""
+    """The matrix rows that one level collects from below; messages from above: see `Batch`."""
 
-    label: Ints
-    message: Ints
     row_label: Ints
     owner: Ints
     base: Ints
@@ -47,31 +46,24 @@ class Rounding:
         self.hard = HARD_FACTOR * usual * max(1, len(messages.nodes))
         self.forbidden = np.isinf(self.cells)
         self.soft = np.where(self.forbidden, self.hard, self.cells)
-        self.low = np.array([e[0] for e in edges], dtype=np.int64)
-        self.high = np.array([e[1] for e in edges], dtype=np.int64)
-        self.plans = [self._plan(batch) for batch in messages.forward]
+        self.plans = self._plans()
 
-    def _plan(self, batch: Batch) -> Plan:
+    def _plans(self) -> list[Plan]:
+        """Of every level of the forward pass."""
         m = self.messages
-        label: list[Ints] = []
-        message: list[Ints] = []
-        row_label: list[Ints] = []
-        owner: list[Ints] = []
-        base: list[Ints] = []
-        width: list[Ints] = []
-        for n, at in zip(batch.nodes.tolist(), batch.label_start.tolist(), strict=True):
-            own = np.arange(int(m.sizes[n]))
-            for e in m.above[n]:
-                label.append(at + own)
-                message.append(m.to_low[e] + own)
-            for e in m.below[n]:
-                row_label.append(at + own)
-                owner.append(np.full(len(own), m.edges[e][0]))
-                base.append(self.start[e] + own)
-                width.append(np.full(len(own), len(own)))
-        empty = [np.zeros(0, dtype=np.int64)]
-        parts = (label, message, row_label, owner, base, width)
-        return Plan(*(np.concatenate(empty + part) for part in parts))
+        level = m.levels(up=True)
+        rows = np.lexsort((m.high, level[m.high]))  # edges by the end that is fixed later
+        node = m.high[rows]
+        start = np.empty_like(m.sizes)
+        for batch in m.forward:
+            start[batch.nodes] = batch.label_start
+        size = m.sizes[node]
+        per_row = Cut(level[node], size, len(m.forward))
+        columns = (
+            per_row(ranges(start[node], size)), per_row(np.repeat(m.low[rows], size)),
+            per_row(ranges(self.start[:-1][rows], size)), per_row(np.repeat(size, size)),
+        )  # fmt: skip
+        return [Plan(*parts) for parts in zip(*columns, strict=True)]
 
     def round(self, cost: Vector) -> Ints:
         """One choice by a pass over the levels; `cost` [labels] are node costs."""
@@ -80,9 +72,9 @@ class Rounding:
         for batch, plan in zip(m.forward, self.plans, strict=True):
             count = len(batch.label_at)
             score = cost[batch.label_at]
-            if len(plan.label):
+            if len(batch.send_label):
                 score = score + np.bincount(
-                    plan.label, weights=m.message[plan.message], minlength=count
+                    batch.send_label, weights=m.message[batch.send_back], minlength=count
                 )
             if len(plan.row_label):
                 cells = self.soft[plan.base + choice[plan.owner] * plan.width]
@@ -93,7 +85,7 @@ class Rounding:
     def cost(self, choice: Ints) -> float:
         """True cost (without the work's offset); inf if a forbidden pair is chosen."""
         m = self.messages
-        at = self.start[:-1] + choice[self.low] * m.sizes[self.high] + choice[self.high]
+        at = self.start[:-1] + choice[m.low] * m.sizes[m.high] + choice[m.high]
         own = m.unary[m.first[:-1] + choice]
         return float(own.sum() + self.cells[at].sum())
 

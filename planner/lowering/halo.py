@@ -14,7 +14,7 @@ from math import prod
 
 from costmodels.program import ITEM_BYTES, Kernel
 from planner.graph.core import Factor, Op, Rule, Tensor
-from planner.sharding.choices import Choice
+from planner.sharding.choices import Choice, padded_sums
 from planner.sharding.halo import Read, along, split_windows
 from planner.sharding.spec import Sizes
 
@@ -91,8 +91,12 @@ def _halo(op: Op, read: Read, shape: Shape, tensor: Tensor) -> Halo:
 
 
 def local_op(op: Op, choice: Choice, sizes: Sizes) -> Op:
-    """The op as one device runs it, on operands with their halos."""
+    """The op as one device runs it, on operands with their halos. `sums` says up to where
+    unevenly split factors count that it adds up over (their padding is masked)."""
     local = choice.local(op, sizes)
+    sums = padded_sums(op.rule, choice, sizes)
+    if sums:
+        local = replace(local, attrs={**local.attrs, "sums": sums})
     windows = split_windows(op.rule, choice.split)
     if not windows:
         return local
@@ -106,5 +110,5 @@ def local_op(op: Op, choice: Choice, sizes: Sizes) -> Op:
         changed["results"][w] = geometry.results
         changed["own"][w] = local.rule.factors[op.rule.windows[w][0]].size
         changed["crops"][w] = geometry.crops
-    attrs = {**op.attrs, **{key: tuple(value) for key, value in changed.items()}}
+    attrs = {**local.attrs, **{key: tuple(value) for key, value in changed.items()}}
     return replace(local, attrs=attrs)

@@ -44,8 +44,8 @@ def local_elements(rule: Rule, dims: Dims) -> int:
 def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
     """Bytes through device memory: every operand read and every result written once."""
     rule = op.rule
-    if op.kind == "reshape":
-        return 0.0  # another view
+    if op.kind == "reshape" or op.attrs.get("in_products"):
+        return 0.0  # another view; done by the product that makes an operand
     if op.kind == "shift" and set(op.attrs["padding"]) == {(0, 0)}:
         return 0.0  # what a shard reads has moved already
     reads = [
@@ -80,9 +80,11 @@ def _picked_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
 
 def _vector_flops(op: Op) -> float:
     """Elementwise operations over the points that the op visits."""
-    if op.attrs.get("onehot"):
-        return 0.0  # a lookup or a scatter visits only the rows that ids name
+    if op.attrs.get("onehot") or op.attrs.get("in_products"):
+        return 0.0  # a lookup or a scatter visits only the rows that ids name; see _moved_bytes
     exprs = op.attrs.get("exprs")
     if exprs is None or contraction_sizes(op) is not None:
         return 0.0
-    return float(volume(op.rule) * sum(max(1, ex.operations(e)) for e in exprs))
+    # Masking what lies beyond an uneven factor: a comparison and a selection at every point.
+    masks = 2 * len(op.attrs.get("sums", ()))
+    return float(volume(op.rule) * sum(max(1, ex.operations(e)) + masks for e in exprs))

@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from math import prod
 
 from meshes.yamltree import Listing, Node, Place, Table
-from planner.graph.core import Graph, Loop, Tensor
+from planner.graph.core import ARGUMENTS, Graph, Loop, Tensor
 from planner.modelfile.diagnostics import Findings, nearest
+from planner.sharding.spec import divides
 
 Axes = tuple[tuple[str, ...], ...]
 
@@ -35,9 +36,10 @@ def _slices(graph: Graph) -> dict[str, Tensor]:
 
 def check_constraints(
     given: Mapping[str, list[tuple[str, ...]]], node: Table, graph: Graph,
-    shape: Mapping[str, int] | None, findings: Findings,
+    shape: Mapping[str, int] | None, uneven: bool, findings: Findings,
 ) -> dict[str, Axes]:  # fmt: skip
-    """Constraints that can hold; the others are noted. `shape`: axis sizes if they are known."""
+    """Constraints that can hold; the others are noted. `shape`: axis sizes if they are known;
+    `uneven`: what is no argument of the step may be padded."""
     tensors = unstacked(graph)
     found = {}
     for key, value in node.entries:
@@ -49,14 +51,16 @@ def check_constraints(
             findings.add("unknown-tensor", f"unknown tensor '{key.value}'", key.place, hint)
             continue
         axes = tuple(given[key.value])
-        if _fits(tensor, axes, value, shape, findings):
+        padded = uneven and tensor.role not in ARGUMENTS
+        if _fits(tensor, axes, value, shape, padded, findings):
             found[key.value] = axes
     return found
 
 
 def _fits(
-    tensor: Tensor, axes: Axes, node: Node, shape: Mapping[str, int] | None, findings: Findings
-) -> bool:
+    tensor: Tensor, axes: Axes, node: Node, shape: Mapping[str, int] | None, uneven: bool,
+    findings: Findings,
+) -> bool:  # fmt: skip
     before = len(findings.diagnostics)
     name = tensor.name.replace("[i]", "")
     if len(axes) != len(tensor.shape):
@@ -70,12 +74,20 @@ def _fits(
             _check_axis(axis, seen, shape, _place(node, i, k), findings)
             seen.add(axis)
         parts = prod((shape or {}).get(axis, 1) for axis in entry)
-        if tensor.shape[i] % parts:
+        if not divides(tensor.shape[i], parts, uneven):
             findings.add(
                 "not-divisible", f"dimension {tensor.dims[i]} of '{name}' is {tensor.shape[i]}, "
                 f"which does not divide into {parts}", _place(node, i, 0),
+                _not_even(tensor, tensor.shape[i], parts),
             )  # fmt: skip
     return len(findings.diagnostics) == before
+
+
+def _not_even(tensor: Tensor, size: int, parts: int) -> str:
+    """What could be done about a dimension that does not divide evenly."""
+    if tensor.role in ARGUMENTS:
+        return "JAX takes arguments only in equal shards"
+    return "uneven: true permits padding" if divides(size, parts, True) else ""
 
 
 def _check_axis(

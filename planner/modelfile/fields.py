@@ -122,6 +122,10 @@ class TrainingFields(_Strict):
     gradients: Literal["f32", "bf16", "f16"] = Field(
         "f32", description="type in which gradients of several parts are added up and reduced"
     )
+    fused_accumulation: bool = Field(
+        Training.fused_accumulation,
+        description="products add to the gradients of earlier parts, without a pass of its own",
+    )
     remat: Literal[REMAT_POLICIES] = Field(  # type: ignore[valid-type]
         "full", description="what is recomputed in the backward pass; auto: what is fastest"
     )
@@ -233,6 +237,9 @@ class File(_Strict):
     graph: Graph | None = Field(None, description="a model of one's own: inputs, params, ops")
     constraints: dict[str, list[Axes]] = Field(
         {}, description="tensor → mesh axes of every dimension: layers.w_in: [data, null]"
+    )
+    uneven: bool = Field(
+        False, description="whether axes may split dimensions that they do not divide, with padding"
     )
     assumed: list[AssumedFields] = Field(
         [], description="values that the source leaves open, with their range"

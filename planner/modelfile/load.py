@@ -111,6 +111,7 @@ class _Loader:
             shape=shape,
             layout=mesh.layout if mesh else None,
             constraints=constraints,
+            uneven=self.uneven,
             assumed=assumed,
             published_parameters=self.data.get("published_parameters"),
             digest=self._digest(settings, workload, pipeline),
@@ -119,6 +120,10 @@ class _Loader:
     @property
     def workload(self) -> Training | Inference | None:
         return self.inference or self.training
+
+    @property
+    def uneven(self) -> bool:
+        return bool(self.data.get("uneven", False))
 
     def _add(self, code: str, message: str, place: Place, hint: str = "") -> None:
         self.findings.add(code, message, place, hint)
@@ -409,7 +414,7 @@ class _Loader:
         node, given = self.root.get("constraints"), self.data.get("constraints")
         if not isinstance(node, Table) or given is None:
             return {}
-        return check_constraints(given, node, graph, self.shape, self.findings)
+        return check_constraints(given, node, graph, self.shape, self.uneven, self.findings)
 
     def _assumed(self) -> tuple[Assumed, ...]:
         """Assumptions that hold of this file; one that an override replaces is none any more."""
@@ -462,6 +467,8 @@ class _Loader:
         }
         if pipeline is not None:
             content["pipeline"] = asdict(pipeline)
+        if self.uneven:
+            content["uneven"] = True
         text = json.dumps(content, sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -17,8 +17,10 @@ from planner.sharding.choices import OpChoices
 from planner.sharding.formulate import choice_seconds
 
 
-def stage_starts(graph: Graph, stages: int, mesh: LogicalMesh) -> tuple[int, ...]:
-    """The first unit of every stage; `mesh` is what shards a stage."""
+def stage_starts(
+    graph: Graph, stages: int, mesh: LogicalMesh, uneven: bool = False
+) -> tuple[int, ...]:
+    """The first unit of every stage; `mesh` is what shards a stage, `uneven` if need be."""
     row = units(graph)
     if len(row) < stages:
         raise PipelineError(
@@ -30,7 +32,9 @@ def stage_starts(graph: Graph, stages: int, mesh: LogicalMesh) -> tuple[int, ...
     if len(stacks) == 1 and len(layers) % stages == 0:
         each = len(layers) // stages
         return (0, *(layers[0] + each * s for s in range(1, stages)))
-    seconds = {unit.start: unit_seconds(graph, unit, mesh) for unit in row if unit.turn <= 0}
+    seconds = {
+        unit.start: unit_seconds(graph, unit, mesh, uneven) for unit in row if unit.turn <= 0
+    }
     return balanced([seconds[unit.start] for unit in row], stages)
 
 
@@ -63,12 +67,12 @@ def balanced(weights: Sequence[float], stages: int) -> tuple[int, ...]:
     return tuple(reversed(found))
 
 
-def unit_seconds(graph: Graph, unit: Unit, mesh: LogicalMesh) -> float:
+def unit_seconds(graph: Graph, unit: Unit, mesh: LogicalMesh, uneven: bool) -> float:
     """Seconds of a unit's forward pass, every op under its cheapest choice."""
     tensors = graph.all_tensors()
 
     def op_seconds(op: Op) -> float:
-        choices = OpChoices(op, mesh.axes).choices
+        choices = OpChoices(op, mesh.axes, uneven).choices
         return float(choice_seconds(op, choices, tensors, mesh).min())
 
     seconds = 0.0

@@ -61,7 +61,8 @@ class PipelinePlanning:
                 f"name it in the shape: {self.pipeline.axis}=4,…",
             )
         self.graph = training_step(self.model, keep=tuple(self.annotation))
-        pinned_specs(self.graph, self.annotation, dict(self.inner.axes))  # raises if it cannot hold
+        # Raises if it cannot hold.
+        pinned_specs(self.graph, self.annotation, dict(self.inner.axes), self.model.uneven)
 
     @property
     def pipeline(self) -> Pipeline:
@@ -115,7 +116,7 @@ class PipelinePlanning:
 
     def planned(self, solve: Solver) -> Result:
         stages = len(self.table) * self.pipeline.interleave
-        starts = stage_starts(self.forward, stages, self.inner)
+        starts = stage_starts(self.forward, stages, self.inner, self.model.uneven)
         kinds = Kinds.of(cut(self.forward, starts))
         settled: dict[Crossing, Spec] = {}
         plans: dict[int, Plan] = {}

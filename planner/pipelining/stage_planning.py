@@ -68,7 +68,10 @@ class StagePlanning(Planning):
             if key in self.crossing:
                 pins.update(dict.fromkeys(names, self.crossing[key]))
         alike = {names[0]: names[1] for names in self.edges.values() if len(names) > 1}
-        flow = build_flow(self.graph, pins, alike if self.settling else None)
+        flow = build_flow(
+            self.graph, pins, alike if self.settling else None, self.model.uneven
+        )
+        self._even_crossing(flow)
         self._count_copies(flow)
         return flow
 
@@ -104,6 +107,12 @@ class StagePlanning(Planning):
             return times * np.asarray(each)
 
         return seconds
+
+    def _even_crossing(self, flow: Flow) -> None:
+        """What a stage sends is an argument of another one's program."""
+        passing = {name for names in self.edges.values() for name in names}
+        for home in flow.homes:
+            home.uneven = home.uneven and home.tensor not in passing
 
     def _count_copies(self, flow: Flow) -> None:
         """Stashes exist once per microbatch in flight, what stays once per stage; what crosses

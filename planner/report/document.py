@@ -14,6 +14,7 @@ from costmodels.summary import collectives
 from planner.annotations import as_lists, axes_by_name
 from planner.export.jsontext import finite
 from planner.model import Inference, Remat
+from planner.report.padding import padding_notes
 from planner.request import Planned
 from planner.result import Result
 from planner.search.candidates import Trial, front
@@ -90,6 +91,7 @@ def notes(planned: Planned) -> tuple[str, ...]:
             f"no mesh shape was given: this is the best of {max(1, len(planned.shapes))} automatic "
             "ones; --shape auto tries all"
         )
+    found += padding_notes(result)
     if result.step_time_range_s is None:
         found.append("step time: no run on this chip has been compared with its prediction")
     published = result.model.published_parameters

@@ -14,7 +14,7 @@ from math import prod
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Dims, Factor, Op, Rule
 from planner.sharding.halo import reaches_neighbours
-from planner.sharding.spec import Sizes, Spec
+from planner.sharding.spec import Sizes, Spec, block_length, divides
 
 WHOLE_KINDS = ("blocked", "window")  # factors that no axis splits on their own
 WHOLE_NAMES = ("layers", "repeats", "micro")  # stacked dimensions stay whole
@@ -49,9 +49,9 @@ class Choice:
         return tuple(tuple(a for f in d for a in self.split[f]) for d in dims)
 
     def local(self, op: Op, sizes: Sizes) -> Op:
-        """The op as one device runs it: factors divided by their axes."""
+        """The op as one device runs it: factors divided by their axes, padding included."""
         factors = tuple(
-            Factor(f.name, f.size // prod(sizes[a] for a in axes), f.kind)
+            Factor(f.name, block_length(f.size, prod(sizes[a] for a in axes)), f.kind)
             for f, axes in zip(op.rule.factors, self.split, strict=True)
         )
         return replace(op, rule=replace(op.rule, factors=factors))
@@ -69,14 +69,15 @@ class Choice:
 
 @dataclass(frozen=True)
 class OpChoices:
-    """All choices of one op on one mesh, with their specs."""
+    """All choices of one op on one mesh, with their specs; `uneven`: with padding if need be."""
 
     op: Op
     sizes: tuple[tuple[str, int], ...]
+    uneven: bool = False
 
     @cached_property
     def choices(self) -> tuple[Choice, ...]:
-        return tuple(enumerate_choices(self.op, dict(self.sizes)))
+        return tuple(enumerate_choices(self.op, dict(self.sizes), self.uneven))
 
     def operand_specs(self, i: int) -> list[Spec]:
         return [c.operand(self.op.rule, i) for c in self.choices]
@@ -86,7 +87,7 @@ class OpChoices:
         return [c.result(self.op.rule, k, order) for c in self.choices]
 
 
-def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
+def enumerate_choices(op: Op, sizes: Sizes, uneven: bool = False) -> Iterator[Choice]:
     """Every assignment of each axis to one factor, one spatial dimension, one linear group, or
     nothing."""
     rule = op.rule
@@ -102,13 +103,14 @@ def enumerate_choices(op: Op, sizes: Sizes) -> Iterator[Choice]:
         for option in options:
             for choice in partial:
                 added = _with_axis(choice, axis, option)
-                if _divides(rule, added, sizes):
+                if _divides(rule, added, sizes, uneven):
                     grown.append(added)
         partial = grown
     yield from (
         c
         for c in partial
         if _orderly(rule, c, sizes)
+        and (not uneven or _pads_whole_dimensions(rule, c, sizes))
         and _keeps_axes(rule, c, sizes)
         and reaches_neighbours(op, c.split, sizes)
     )
@@ -164,11 +166,35 @@ def _with_axis(choice: Choice, axis: str, option: _Option) -> Choice:
     return Choice(split, choice.passed)
 
 
-def _divides(rule: Rule, choice: Choice, sizes: Sizes) -> bool:
+def _divides(rule: Rule, choice: Choice, sizes: Sizes, uneven: bool) -> bool:
     return all(
-        f.size % prod(sizes[a] for a in axes) == 0
+        divides(f.size, prod(sizes[a] for a in axes), uneven)
         for f, axes in zip(rule.factors, choice.split, strict=True)
     )
+
+
+def _pads_whole_dimensions(rule: Rule, choice: Choice, sizes: Sizes) -> bool:
+    """A factor split unevenly is a dimension of its own: in the middle of one there is no room
+    for padding (25 heads of 64 over 8 devices are no eighths of 1600)."""
+    uneven = {
+        i for i, (f, axes) in enumerate(zip(rule.factors, choice.split, strict=True))
+        if f.size % prod(sizes[a] for a in axes)
+    }  # fmt: skip
+    return not uneven or all(
+        len(dim) == 1 or uneven.isdisjoint(dim) for dims in (*rule.ins, *rule.outs) for dim in dims
+    )
+
+
+def padded_sums(rule: Rule, choice: Choice, sizes: Sizes) -> dict[str, int]:
+    """Unevenly split factors over which shards add up (or take maxima), with their sizes: what
+    lies beyond must not count. What windows read is filled by halos."""
+    made = {f for dims in rule.outs for d in dims for f in d}
+    read = {x for x, _ in rule.windows} | {y for x, y in rule.windows if x in made}
+    return {
+        f.name: f.size
+        for i, (f, axes) in enumerate(zip(rule.factors, choice.split, strict=True))
+        if f.size % prod(sizes[a] for a in axes) and i not in made and i not in read
+    }
 
 
 def _orderly(rule: Rule, choice: Choice, sizes: Sizes) -> bool:

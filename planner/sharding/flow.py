@@ -33,7 +33,8 @@ class Place:
 @dataclass
 class Home:
     """A materialised tensor. `shape` is of the whole (outermost, stacked) tensor; its first
-    `lead` dimensions stay whole. `live`: where how many copies of it occupy memory."""
+    `lead` dimensions stay whole. `live`: where how many copies of it occupy memory. `uneven`:
+    whether its shards may be padded."""
 
     id: int
     tensor: str
@@ -44,6 +45,7 @@ class Home:
     category: str
     live: list[tuple[Interval, int]] = field(default_factory=list)
     pin: Spec | None = None
+    uneven: bool = False
 
 
 @dataclass
@@ -100,18 +102,20 @@ class Flow:
     conversions: list[Conversion] = field(default_factory=list)
     home_of: dict[str, tuple[int, int]] = field(default_factory=dict)  # tensor → (home, lead)
     steps: int = 0
-
+    uneven: bool = False  # whether dimensions may be split that do not divide
 
 
 def build_flow(
-    graph: Graph, pins: Mapping[str, Spec], alike: Mapping[str, str] | None = None
-) -> Flow:
+    graph: Graph, pins: Mapping[str, Spec], alike: Mapping[str, str] | None = None,
+    uneven: bool = False,
+) -> Flow:  # fmt: skip
     """The flow of a training-step graph; tensors in `pins` always get a home of that spec.
 
     `alike`: tensors that share the home of an input, so that they lie like it. Such a flow is to
-    be solved, not lowered.
+    be solved, not lowered. `uneven`: dimensions may be split that do not divide, except where the
+    step receives or returns a tensor, which JAX refuses.
     """
-    flow = Flow(graph)
+    flow = Flow(graph, uneven=uneven)
     flow.steps = _number(flow, graph.nodes, 0, 1)
     builder = _FlowBuilder(flow, pins, alike or {})
     builder.outermost()
@@ -190,6 +194,7 @@ class _FlowBuilder:
         scope = _Scope(graph, graph.tensors, 1, 0, self.flow.steps)
         for name in graph.inputs:
             home = self.home(name, stacked=self._stack_depth(name))
+            home.uneven = False
             home.live.append(((0, self.flow.steps), 1))
             scope.sources[name] = self.place(name)
         for out in graph.outputs:
@@ -205,6 +210,7 @@ class _FlowBuilder:
             return
         t = self.tensors[out]
         home = self.new_home(f"{out}@output", t.shape, t.dtype, 0, False, ROLE_CATEGORIES[t.role])
+        home.uneven = False
         scope.use(
             out, _Use(Place("home", home=home.id), HANDED_ON, "output", "", self.flow.steps)
         )
@@ -321,7 +327,10 @@ class _FlowBuilder:
     def new_home(
         self, name: str, shape: tuple[int, ...], dtype: str, lead: int, partial: bool, category: str
     ) -> Home:
-        home = Home(len(self.flow.homes), name, shape, dtype, lead, partial, category)
+        home = Home(
+            len(self.flow.homes), name, shape, dtype, lead, partial, category,
+            uneven=self.flow.uneven,
+        )  # fmt: skip
         pin = self.pins.get(name)
         if pin is not None:  # of one slice, where the home holds a stack of them
             home.pin = Spec(((),) * (len(shape) - len(pin.dims)) + pin.dims)

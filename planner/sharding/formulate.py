@@ -8,7 +8,8 @@ Edges      one per pair of nodes that a conversion joins; cost = executions × s
            resharding path between the two strategies' specs, inf if there is none. _edges
 Memory     at a schedule step t: results waiting for their reader (op usage), live homes (home
            usage), and what conversions take at t. The last depends on both ends, so such a
-           conversion becomes a node of its own, whose strategies are pairs of specs.  _usages
+           conversion becomes a node of its own, whose strategies are pairs of specs. So does
+           what may gather a TPU's parameter, for its copy.  _usages
 
 Only the steps in `active` get a memory constraint. The caller adds steps where the lowered
 program exceeds the limit until it does so nowhere: a solution of the relaxed problem that fits
@@ -17,7 +18,7 @@ is an optimum of the whole one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
@@ -66,7 +67,7 @@ class Space:
     def __post_init__(self) -> None:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
-        self.resharder = mesh_resharder(self.mesh)
+        self.resharder = mesh_resharder(self.mesh, self.flow.uneven)
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
         self._op_nodes()
@@ -94,7 +95,7 @@ class Space:
         """The choices that read operands in the specs that `as_laid` demands."""
         laid = self.as_laid
         demanded = [(i, laid[name]) for i, name in enumerate(op.ins) if name in laid]
-        found = OpChoices(op, self.mesh.axes).choices
+        found = OpChoices(op, self.mesh.axes, self.flow.uneven).choices
         found = tuple(c for c in found if all(c.operand(op.rule, i) == s for i, s in demanded))
         if not found:
             raise Unsatisfiable(f"'{op.name}' cannot read its operands as they are laid")
@@ -193,9 +194,19 @@ class Space:
             return
         _add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
 
-    def _touches(self, c: Conversion, active: Iterable[int]) -> bool:
+    def _touches(self, c: Conversion, active: Sequence[int]) -> bool:
         lo, hi = c.overlap or (0, 0)
-        return any(t == c.at or lo <= t < hi for t in active)
+        lasts = bool(active) and self._may_be_copied(c)
+        return lasts or any(t == c.at or lo <= t < hi for t in active)
+
+    def _may_be_copied(self, c: Conversion) -> bool:
+        """Whether it gathers a parameter's new value (see costmodels.gathered)."""
+        home = c.target.home
+        return (
+            self.mesh.chip.family == "tpu"
+            and c.kind == "alias"
+            and self.flow.homes[home].category == "parameters"
+        )
 
     def _site_usages(self, active: Sequence[int]) -> list[Usage]:
         found = []
@@ -254,14 +265,28 @@ class Space:
         for key, own, which in ((self.key(c.source), rows, 0), (self.key(c.target), columns, 1)):
             allowed = np.where(own[:, None] == pairs[None, :, which], 0.0, np.inf)
             _add_edge(merged, self.number[key], node, allowed)
-        at_step, held = self._pair_bytes(c, [sources[i] for i in pairs[:, 0]],
-                                         [targets[j] for j in pairs[:, 1]])
+        both = [sources[i] for i in pairs[:, 0]], [targets[j] for j in pairs[:, 1]]
+        at_step, held = self._pair_bytes(c, *both)
+        if self._may_be_copied(c):
+            usages.append(Usage(node, 0, len(active), self._copied_bytes(c, *both)))
         lo, hi = c.overlap or (0, 0)
         for p, t in enumerate(active):
             if t == c.at:
                 usages.append(Usage(node, p, p + 1, at_step))
             elif lo <= t < hi:
                 usages.append(Usage(node, p, p + 1, held))
+
+    def _copied_bytes(
+        self, c: Conversion, sources: Sequence[Spec], targets: Sequence[Spec]
+    ) -> Array:
+        """Bytes of the old parameter's copy, which lives for the whole step."""
+        item = ITEM_BYTES[c.dtype]
+        found = []
+        for s, t in zip(sources, targets, strict=True):
+            path = self.resharder.path(s, t, c.shape, item, c.reduce) or ()
+            gathers = [move.kind for move in path[-1:]] == ["all-gather"]
+            found.append(float(prod(t.local_shape(c.shape, self.sizes)) * item * gathers))
+        return np.array(found)
 
     def _pair_bytes(
         self, c: Conversion, sources: Sequence[Spec], targets: Sequence[Spec]
@@ -291,10 +316,10 @@ class Space:
         return Plan(self.mesh.axes, choices, homes, proof)
 
 
-def mesh_resharder(mesh: LogicalMesh) -> Resharder:
+def mesh_resharder(mesh: LogicalMesh, uneven: bool = False) -> Resharder:
     """Reshardings priced on the links of `mesh`."""
     return Resharder(
-        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size)
+        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size), uneven
     )
 
 
@@ -322,22 +347,22 @@ def _halo_seconds(halo: Halo, dtype: str, mesh: LogicalMesh) -> float:
 def least_compute(flow: Flow, mesh: LogicalMesh) -> float:
     """A lower bound of any plan's serial time: every op under its cheapest choice."""
     tensors = flow.graph.all_tensors()
-    return sum(
-        site.times
-        * float(choice_seconds(site.op, OpChoices(site.op, mesh.axes).choices, tensors, mesh).min())
-        for site in flow.sites.values()
-    )
+    found = 0.0
+    for site in flow.sites.values():
+        choices = OpChoices(site.op, mesh.axes, flow.uneven).choices
+        found += site.times * float(choice_seconds(site.op, choices, tensors, mesh).min())
+    return found
 
 
 def home_specs(home: Home, sizes: Mapping[str, int]) -> tuple[Spec, ...]:
-    """Candidate specs of a home: all even ones (or its pin), its stacked dimensions whole."""
+    """Candidate specs of a home: all that fit (or its pin), its stacked dimensions whole."""
     inner = home.shape[home.lead :]
     if home.pin is not None:
         return (home.pin,)
     splitting = {a: n for a, n in sizes.items() if n > 1}
     return tuple(
         Spec(((),) * home.lead + s.dims, s.partial)
-        for s in all_specs(inner, splitting, partial=home.partial)
+        for s in all_specs(inner, splitting, home.partial, home.uneven)
     )
 
 

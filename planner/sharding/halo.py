@@ -9,7 +9,8 @@ the blocks of its neighbours:
     x block, when y are maxima of x      x of all windows that meet the block
 
 (shard r, stride s, padding low). The ranges of all shards are equally long; what lies outside of
-the whole dimension counts as padding. Only geometry belongs here.
+the whole dimension counts as padding, that of an unevenly split one too. Only geometry belongs
+here.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from math import prod
 
 from planner.graph.core import Op, Rule
 from planner.graph.windows import reach
-from planner.sharding.spec import Sizes
+from planner.sharding.spec import Sizes, block_length
 
 Split = tuple[tuple[str, ...], ...]
 
@@ -35,7 +36,8 @@ _READS = {
 class Read:
     """Of dimension `dim` (`size` in blocks of `own`) of operand `slot`, shard r reads
     `length` points from `starts[r]`; `fill` stands for what does not exist. With `wrap` the
-    first and the last shard are neighbours."""
+    first and the last shard are neighbours. `beyond`: what counts depends on what lies where an
+    uneven dimension is padded."""
 
     slot: int
     dim: int
@@ -46,6 +48,7 @@ class Read:
     length: int
     fill: float
     wrap: bool = False
+    beyond: bool = False
 
     @property
     def low(self) -> int:
@@ -69,13 +72,13 @@ class Read:
     def whole_blocks(self) -> bool:
         """Whether every shard reads its neighbour's block and nothing else."""
         one = {s - r * self.own for r, s in enumerate(self.starts)}
-        return self.length == self.own and one in ({self.own}, {-self.own}) and self.fill == 0
+        whole = self.length == self.own and one in ({self.own}, {-self.own})
+        return whole and self.fill == 0 and not self.beyond
 
     @property
     def as_it_lies(self) -> bool:
-        return self.length <= self.own and all(
-            s == r * self.own for r, s in enumerate(self.starts)
-        )
+        here = all(s == r * self.own for r, s in enumerate(self.starts))
+        return here and self.length <= self.own and not self.beyond
 
 
 @dataclass(frozen=True)
@@ -103,9 +106,9 @@ def along(op: Op, split: Split, sizes: Sizes, window: int) -> Along:
     inner, outer = op.rule.windows[window]
     axes = split[inner]
     shards = range(prod(sizes[a] for a in axes))
-    a, b = (op.rule.factors[f].size // len(shards) for f in (inner, outer))
+    a, b = (block_length(op.rule.factors[f].size, len(shards)) for f in (inner, outer))
     stride = op.attrs["stride"][window]
-    low = op.attrs["padding"][window][0]
+    low, high = op.attrs["padding"][window]
     extent = reach(op.attrs["taps"][window], op.attrs["dilation"][window])
     wanted = _READS[op.kind]
     if "y" not in wanted.values():
@@ -124,29 +127,35 @@ def along(op: Op, split: Split, sizes: Sizes, window: int) -> Along:
             "y": (begin, results),
             "around": (tuple(stride * s - low for s in begin), spatial),
         }
+    # Single points without a border: no result that counts comes from where there is padding.
+    alone = extent == 1 and low == high == 0 and op.kind != "conv_dw"
     reads = [
-        _read(op, slot, inner if what != "y" else outer, axes, ranges[what], len(shards))
+        _read(op, slot, inner if what != "y" else outer, axes, *ranges[what], alone)
         for slot, what in wanted.items()
     ]
     return Along(window, tuple(reads), spatial, results, crops)
 
 
 def _read(
-    op: Op, slot: int, factor: int, axes: tuple[str, ...], points: tuple[tuple[int, ...], int],
-    shards: int,
+    op: Op, slot: int, factor: int, axes: tuple[str, ...], starts: tuple[int, ...], length: int,
+    alone: bool,
 ) -> Read:  # fmt: skip
     dim = op.rule.ins[slot].index((factor,))
     size = op.rule.factors[factor].size
     maxima = op.kind in ("max_pool", "max_pool_dx") and slot == 0
     fill = float("-inf") if maxima else 0.0
     wrap = op.attrs.get("wrap", False)
-    return Read(slot, dim, axes, size, size // shards, *points, fill, wrap)
+    own = block_length(size, len(starts))
+    beyond = own * len(starts) > size and starts[-1] + length > size and not alone
+    return Read(slot, dim, axes, size, own, starts, length, fill, wrap, beyond)
 
 
 def reaches_neighbours(op: Op, split: Split, sizes: Sizes) -> bool:
-    """Whether no shard needs more than its two neighbours have: one shift each way is enough."""
+    """Whether no shard needs more than its two neighbours have: one shift each way is enough.
+    From one end to the other that takes blocks of equal length."""
     return all(
         max(read.low, read.high) <= read.own
+        and not (read.wrap and read.size % len(read.starts))
         for w in split_windows(op.rule, split)
         for read in along(op, split, sizes, w).reads
     )

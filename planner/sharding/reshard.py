@@ -5,7 +5,8 @@ reduce-scatter, all-reduce, a permutation of blocks, and the free local slice an
 executes the path, the ILP pays its price: one table of distances serves both.
 
 Prices depend on a tensor only through its bytes and on which specs divide it, so tensors of
-equal rank, size and divisibility share one table.
+equal rank, size and divisibility share one table. Unevenly split ones have tables of their own:
+their payloads are padded, and blocks can be joined or cut only where the padding permits it.
 """
 
 from __future__ import annotations
@@ -45,17 +46,27 @@ class Move:
 
 
 def payload_elements(move: Move, source: Spec, shape: Sequence[int], sizes: Sizes) -> int:
-    """Elements of the payload on one device: the result of a gather, else the operand."""
-    spec = move.result if move.kind == "all-gather" else source
-    return prod(spec.local_shape(shape, sizes))
+    """Elements of the payload on one device: the result of a gather, else the operand. A
+    dimension that is cut is padded first, one that is joined is cut to its size afterwards."""
+    before, after = source.local_shape(shape, sizes), move.result.local_shape(shape, sizes)
+    if move.kind == "all-gather":
+        return prod(before) * prod(sizes[a] for a in move.axes)
+    if move.kind == "reduce-scatter":
+        return prod(after) * prod(sizes[a] for a in move.axes)
+    if move.kind == "all-to-all":
+        kept = prod(n for d, n in enumerate(before) if d != move.to_dim)
+        return kept * after[move.to_dim] * prod(sizes[a] for a in move.axes)
+    return prod(before)
 
 
 @dataclass
 class SpecGraph:
-    """Every spec of tensors of one rank (axes in any order within a dimension) and every move."""
+    """Every spec of tensors of one rank (axes in any order within a dimension) and every move.
+    `uneven`: those too that only uneven dimensions need."""
 
     rank: int
     sizes: Sizes
+    uneven: bool = False
     specs: list[Spec] = field(init=False)
     number: dict[Spec, int] = field(init=False)
 
@@ -69,18 +80,63 @@ class SpecGraph:
         found = [
             (u, self.number[move.result], move)
             for u, spec in enumerate(self.specs)
-            for move in _moves(spec, self.sizes)
+            for move in _moves(spec, self.sizes, self.uneven)
         ]
         return sorted(found, key=lambda edge: (edge[1], edge[0]))
 
     @cached_property
-    def arrays(self) -> tuple[Ints, Ints, Floats]:
-        """Sources and targets of the moves, and the shards that their payload is cut into."""
+    def arrays(self) -> tuple[Ints, Ints]:
+        """Sources and targets of the moves."""
         sources = np.array([u for u, _, _ in self.moves], dtype=np.int64)
         targets = np.array([v for _, v, _ in self.moves], dtype=np.int64)
-        shards = np.array([spec.shards(self.sizes) for spec in self.specs], dtype=float)
-        gathers = np.array([m.kind == "all-gather" for _, _, m in self.moves], dtype=bool)
-        return sources, targets, shards[np.where(gathers, targets, sources)]
+        return sources, targets
+
+    @cached_property
+    def parts(self) -> Ints:
+        """Of every spec the shards of every dimension."""
+        found = [[prod(self.sizes[a] for a in d) for d in spec.dims] for spec in self.specs]
+        return np.array(found, dtype=np.int64).reshape(len(self.specs), self.rank)
+
+    def payloads(self, shape: Sequence[int]) -> Floats:
+        """`payload_elements` of every move."""
+        u, v = self.arrays
+        local = -(-np.array(shape, dtype=np.int64) // self.parts)
+        elements = local.prod(axis=1).astype(float)
+        found = elements[u]
+        for (kind, axes), edges in self.alike.items():
+            group = prod(self.sizes[a] for a in axes)
+            if kind == "all-gather":
+                found[edges] *= group
+            elif kind == "reduce-scatter":
+                found[edges] = elements[v[edges]] * group
+            elif kind == "all-to-all":
+                to = self.ends[1][edges]
+                cut, whole = local[v[edges], to], local[u[edges], to]
+                found[edges] = found[edges] / whole * cut * group
+        return found
+
+    @cached_property
+    def ends(self) -> tuple[Ints, Ints]:
+        """`dim` and `to_dim` of every move."""
+        dims = np.array([(m.dim, m.to_dim) for _, _, m in self.moves], dtype=np.int64)
+        dims = dims.reshape(len(self.moves), 2)
+        return dims[:, 0], dims[:, 1]
+
+    def aligned(self, shape: Sequence[int]) -> NDArray[np.bool_]:
+        """Of every move whether blocks are joined to blocks and cut into blocks: always, if the
+        dimension divides. Padding inside a dimension that stays split is in the way."""
+        u, v = self.arrays
+        rows = np.arange(len(u))
+        found = np.ones(len(u), dtype=bool)
+        for dims in self.ends:
+            changed = rows[dims >= 0]
+            d = dims[changed]
+            few = np.minimum(self.parts[u[changed], d], self.parts[v[changed], d])
+            many = np.maximum(self.parts[u[changed], d], self.parts[v[changed], d])
+            size = np.array(shape, dtype=np.int64)[d]
+            joined = -(-size // many) * (many // few)
+            found[changed] &= (few == 1) | (joined == -(-size // few))
+        return found
 
     @cached_property
     def alike(self) -> dict[tuple[str, tuple[str, ...]], Ints]:
@@ -109,7 +165,7 @@ class Distances:
 
     def _relax(self, missing: Sequence[int]) -> None:
         """Bellman-Ford from many sources at once; moves are sorted by target."""
-        u, v, _ = self.graph.arrays
+        u, v = self.graph.arrays
         usable = np.flatnonzero(np.isfinite(self.weights))
         u, v, w = u[usable], v[usable], self.weights[usable, None]
         starts = np.flatnonzero(np.diff(v, prepend=-1))
@@ -140,7 +196,7 @@ class Distances:
         row = self.rows[source]
         if not np.isfinite(row[target]):
             return None
-        u, v, _ = self.graph.arrays
+        u, v = self.graph.arrays
         found: list[Move] = []
         while target != source:
             low, high = np.searchsorted(v, [target, target + 1])
@@ -153,16 +209,17 @@ class Distances:
 
 @dataclass
 class Resharder:
-    """Finds and prices paths on one mesh."""
+    """Finds and prices paths on one mesh; `uneven`: also of tensors that do not divide."""
 
     sizes: Sizes
     price: Pricer
+    uneven: bool = False
 
     def __post_init__(self) -> None:
         # Axes of size 1 split nothing.
         self.splitting = {a: n for a, n in self.sizes.items() if n > 1}
         self._graphs: dict[int, SpecGraph] = {}
-        self._distances: dict[tuple[int, int, bytes], Distances] = {}
+        self._distances: dict[tuple[Any, ...], Distances] = {}
         self._fits: dict[tuple[int, ...], NDArray[np.bool_]] = {}
 
     def matrix(
@@ -213,24 +270,32 @@ class Resharder:
     def _of(self, shape: tuple[int, ...], itemsize: int) -> tuple[SpecGraph, Distances]:
         rank = len(shape)
         if rank not in self._graphs:
-            self._graphs[rank] = SpecGraph(rank, self.splitting)
+            self._graphs[rank] = SpecGraph(rank, self.splitting, self.uneven)
         graph = self._graphs[rank]
         if shape not in self._fits:
-            self._fits[shape] = np.array([s.fits(shape, self.splitting) for s in graph.specs])
+            self._fits[shape] = np.array(
+                [s.fits(shape, self.splitting, self.uneven) for s in graph.specs]
+            )
         fits = self._fits[shape]
-        key = (rank, prod(shape) * itemsize, fits.tobytes())
+        key: tuple[Any, ...] = (rank, prod(shape) * itemsize, fits.tobytes())
+        if self.uneven and (np.array(shape, dtype=np.int64) % graph.parts[fits]).any():
+            key = (shape, itemsize)
         if key not in self._distances:
-            weights = self._weights(graph, prod(shape) * itemsize, fits)
-            self._distances[key] = Distances(graph, weights)
+            self._distances[key] = Distances(graph, self._weights(graph, shape, itemsize, fits))
         return graph, self._distances[key]
 
-    def _weights(self, graph: SpecGraph, size: int, fits: NDArray[np.bool_]) -> Floats:
-        u, v, shards = graph.arrays
+    def _weights(
+        self, graph: SpecGraph, shape: tuple[int, ...], itemsize: int, fits: NDArray[np.bool_]
+    ) -> Floats:
+        u, v = graph.arrays
         weights = np.full(len(u), MOVE_EPSILON_S)
+        payload_bytes = graph.payloads(shape) * itemsize
         for (kind, axes), edges in graph.alike.items():
             if kind not in FREE:
-                weights[edges] += self.price(kind, axes, size / shards[edges])
+                weights[edges] += self.price(kind, axes, payload_bytes[edges])
         weights[~(fits[u] & fits[v])] = np.inf
+        if self.uneven:
+            weights[~graph.aligned(shape)] = np.inf
         return weights
 
 
@@ -253,7 +318,7 @@ def _ordered_specs(rank: int, sizes: Sizes) -> Iterator[Spec]:
         yield from (Spec(dims, partial) for dims in partly)
 
 
-def _moves(spec: Spec, sizes: Sizes) -> Iterator[Move]:
+def _moves(spec: Spec, sizes: Sizes, uneven: bool) -> Iterator[Move]:
     """Every collective that applies to `spec`."""
     yield from _reductions(spec)
     for d, axes in enumerate(spec.dims):
@@ -273,6 +338,16 @@ def _moves(spec: Spec, sizes: Sizes) -> Iterator[Move]:
             yield Move("slice", (axis,), _with(spec, {d: (*spec.dims[d], axis)}), d)
         partial = tuple(a for a in sizes if a in {*spec.partial, axis})
         yield Move("mask", (axis,), Spec(spec.dims, partial))
+    if uneven:
+        yield from _cuts_at_once(spec, [a for a in sizes if a not in used])
+
+
+def _cuts_at_once(spec: Spec, unused: Sequence[str]) -> Iterator[Move]:
+    """Several axes cut a whole dimension where one after the other would not cut into blocks."""
+    for d in (d for d, axes in enumerate(spec.dims) if not axes):
+        for count in range(2, len(unused) + 1):
+            for axes in permutations(unused, count):
+                yield Move("slice", axes, _with(spec, {d: axes}), d)
 
 
 def _reductions(spec: Spec) -> Iterator[Move]:

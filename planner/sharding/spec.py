@@ -2,6 +2,9 @@
 
 The first axis of a dimension is the major one. `partial` axes hold pieces that still have to
 be combined. Specs are canonical where choices make them: axes in mesh order.
+
+A dimension of n points over k shards lies in blocks of ⌈n/k⌉ points. If k does not divide n it is
+*uneven*: the last blocks reach beyond n, and what lies there is padding without a meaning.
 """
 
 from __future__ import annotations
@@ -11,6 +14,20 @@ from dataclasses import dataclass
 from math import prod
 
 Sizes = Mapping[str, int]
+
+# Padding may take at most a third of what the devices hold: of 12 points over 8 devices, or 25.
+PADDING_LIMIT = 1.5
+
+
+def block_length(size: int, parts: int) -> int:
+    """Points of a dimension on each of `parts` shards, padding included."""
+    return -(-size // parts)
+
+
+def divides(size: int, parts: int, uneven: bool = False) -> bool:
+    """Whether `parts` shards may hold it: evenly or, if `uneven`, with little padding."""
+    padded = block_length(size, parts) * parts
+    return padded == size or (uneven and padded <= PADDING_LIMIT * size)
 
 
 @dataclass(frozen=True)
@@ -24,15 +41,17 @@ class Spec:
         return tuple(a for d in self.dims for a in d)
 
     def local_shape(self, shape: Sequence[int], sizes: Sizes) -> tuple[int, ...]:
-        """Shape on one device; `shape` must be divisible (see `fits`)."""
+        """Shape on one device, padding included."""
         return tuple(
-            n // prod(sizes[a] for a in d) for n, d in zip(shape, self.dims, strict=True)
+            block_length(n, prod(sizes[a] for a in d))
+            for n, d in zip(shape, self.dims, strict=True)
         )
 
-    def fits(self, shape: Sequence[int], sizes: Sizes) -> bool:
-        """Whether every dimension divides evenly."""
+    def fits(self, shape: Sequence[int], sizes: Sizes, uneven: bool = False) -> bool:
+        """Whether every dimension divides (see `divides`)."""
         return all(
-            n % prod(sizes[a] for a in d) == 0 for n, d in zip(shape, self.dims, strict=True)
+            divides(n, prod(sizes[a] for a in d), uneven)
+            for n, d in zip(shape, self.dims, strict=True)
         )
 
     def shards(self, sizes: Sizes) -> int:
@@ -54,8 +73,10 @@ def replicated(rank: int) -> Spec:
     return Spec(((),) * rank)
 
 
-def all_specs(shape: Sequence[int], sizes: Sizes, partial: bool = False) -> tuple[Spec, ...]:
-    """Every even, canonically ordered spec of a tensor; with `partial` also unreduced ones."""
+def all_specs(
+    shape: Sequence[int], sizes: Sizes, partial: bool = False, uneven: bool = False
+) -> tuple[Spec, ...]:
+    """Every canonically ordered spec that fits; with `partial` also unreduced ones."""
     found = [Spec(((),) * len(shape))]
     for axis in sizes:
         grown = list(found)
@@ -65,5 +86,6 @@ def all_specs(shape: Sequence[int], sizes: Sizes, partial: bool = False) -> tupl
                 grown.append(Spec(dims, spec.partial))
             if partial:
                 grown.append(Spec(spec.dims, (*spec.partial, axis)))
-        found = [s for s in grown if s.fits(shape, sizes)]
+        # More axes never mean less padding: what does not fit need not be grown.
+        found = [s for s in grown if s.fits(shape, sizes, uneven)]
     return tuple(found)

@@ -1,7 +1,8 @@
 """Values: runs a Program with NumPy arrays on virtual devices, one array per device.
 
 Proves that lowering is mathematically the single-device graph. Never looks at a Graph: local
-kernels carry the local op, collectives move blocks between the device arrays.
+kernels carry the local op, collectives move blocks between the device arrays. Where uneven
+dimensions are padded stands no number (0 in integers): a result that depends on it is seen.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.program import Block, Collective, Compute, LoopStep, Program, Step
-from planner.sharding.spec import Spec
+from planner.sharding.spec import Spec, block_length
 from planner.values import kernels
 
 Array = NDArray[Any]
@@ -28,18 +29,31 @@ def shard(array: Array, spec: Spec, axes: Sequence[tuple[str, int]]) -> Shards:
     """Cuts a whole array into the blocks of every device."""
     sizes = dict(axes)
     shards = {}
+    local = spec.local_shape(array.shape, sizes)
     for device in product(*(range(n) for _, n in axes)):
         at = dict(zip(sizes, device, strict=True))
         index = tuple(
             _block(n, d, at, sizes) for n, d in zip(array.shape, spec.dims, strict=True)
         )
         shards[device] = np.array(array[index])
+        for d, n in enumerate(local):
+            shards[device] = _long(shards[device], d, n)
     return shards
+
+
+def _long(array: Array, dim: int, length: int) -> Array:
+    """`array` cut or padded to `length` points along `dim`."""
+    missing = length - array.shape[dim]
+    if missing <= 0:
+        return array[(slice(None),) * dim + (slice(length),)]
+    nothing = np.nan if array.dtype.kind == "f" else 0
+    pads = [(0, missing if d == dim else 0) for d in range(array.ndim)]
+    return np.pad(array, pads, constant_values=nothing)
 
 
 def _block(n: int, dim: Sequence[str], at: Mapping[str, int], sizes: Mapping[str, int]) -> slice:
     position = _position(dim, at, sizes)
-    width = n // prod(sizes[a] for a in dim)
+    width = block_length(n, prod(sizes[a] for a in dim))
     return slice(position * width, (position + 1) * width)
 
 
@@ -51,22 +65,27 @@ def _position(dim: Sequence[str], at: Mapping[str, int], sizes: Mapping[str, int
     return position
 
 
-def unshard(shards: Shards, spec: Spec, axes: Sequence[tuple[str, int]]) -> Array:
-    """Puts the blocks together again; replicas must agree."""
+def unshard(
+    shards: Shards, spec: Spec, axes: Sequence[tuple[str, int]],
+    shape: Sequence[int] | None = None,
+) -> Array:  # fmt: skip
+    """Puts the blocks together again; replicas must agree. `shape` if something is padded."""
     sizes = dict(axes)
     first = next(iter(shards.values()))
-    shape = [
+    padded = [
         n * prod(sizes[a] for a in d) for n, d in zip(first.shape, spec.dims, strict=True)
     ]
-    whole = np.full(shape, np.nan)
-    for device, block in shards.items():
+    whole = np.full(padded, np.nan)
+    for device, part in shards.items():
         at = dict(zip(sizes, device, strict=True))
-        index = tuple(_block(n, d, at, sizes) for n, d in zip(shape, spec.dims, strict=True))
+        index = tuple(_block(n, d, at, sizes) for n, d in zip(padded, spec.dims, strict=True))
         seen = whole[index]
-        if not np.isnan(seen).all() and not np.allclose(seen, block, rtol=1e-9, atol=1e-9):
+        same = np.allclose(seen, part, rtol=1e-9, atol=1e-9, equal_nan=True)
+        if not np.isnan(seen).all() and not same:
             raise ValueError("replicas of one block differ")
-        whole[index] = block
-    return whole
+        whole[index] = part
+    index = tuple(slice(n) for n in (padded if shape is None else shape))
+    return np.array(whole[index])
 
 
 @dataclass
@@ -146,7 +165,10 @@ class Interpreter:
 
     def _collective(self, c: Collective) -> None:
         shards = self.values[c.source]
-        self.values[c.result] = {d: self._moved(c, shards, d) for d in self.devices}
+        moved = {d: self._moved(c, shards, d) for d in self.devices}
+        for dim, length in enumerate(self.program.buffers[c.result].shape):
+            moved = {d: _long(array, dim, length) for d, array in moved.items()}
+        self.values[c.result] = moved
 
     def _group(self, device: Device, axes: Sequence[str]) -> list[Device]:
         """Devices that differ from `device` only on `axes`, in block order (first axis major)."""
@@ -165,11 +187,11 @@ class Interpreter:
         if c.kind == "all-gather":
             return np.concatenate([shards[d] for d in group], axis=c.dim)
         if c.kind == "slice":
-            return np.split(shards[device], len(group), axis=c.dim)[own]
+            return self._pieces(c, shards[device], c.dim, len(group))[own]
         if c.kind == "mask":
             return shards[device] if own == 0 else np.zeros_like(shards[device])
         if c.kind == "all-to-all":
-            pieces = [np.split(shards[d], len(group), axis=c.to_dim)[own] for d in group]
+            pieces = [self._pieces(c, shards[d], c.to_dim, len(group))[own] for d in group]
             return np.concatenate(pieces, axis=c.dim)
         if c.shift:
             return self._handed(c, shards, group, own)
@@ -178,8 +200,13 @@ class Interpreter:
         stacked = np.stack([shards[d] for d in group])
         total = stacked.max(axis=0) if c.reduce == "max" else stacked.sum(axis=0)
         if c.kind == "reduce-scatter":
-            return np.split(total, len(group), axis=c.dim)[own]
+            return self._pieces(c, total, c.dim, len(group))[own]
         return total
+
+    def _pieces(self, c: Collective, array: Array, dim: int, count: int) -> list[Array]:
+        """`array`, padded if need be, in pieces as long as the result's blocks."""
+        length = self.program.buffers[c.result].shape[dim]
+        return np.split(_long(array, dim, length * count), count, axis=dim)
 
     def _handed(
         self, c: Collective, shards: Shards, group: Sequence[Device], own: int

@@ -1,7 +1,8 @@
 """Values of single ops in NumPy: what a kernel computes from whole or local arrays.
 
 The same functions serve the single-device graph and the virtual devices: `indices` gives the
-global index of every position along a factor, so a shard knows where it lies.
+global index of every position along a factor, so a shard knows where it lies. What sums must not
+count, beyond the end of an unevenly split factor, is masked (`attrs["sums"]`).
 """
 
 from __future__ import annotations
@@ -41,10 +42,14 @@ def _map(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
         )
         for i, f in enumerate(factors)
     }
-    return tuple(
-        _reduce(op, ex.evaluate(e, spread, indices), sizes, op.rule.outs[k])
-        for k, e in enumerate(op.attrs["exprs"])
-    )
+    nothing = -np.inf if op.rule.combiner == "max" else 0.0
+    found = []
+    for k, e in enumerate(op.attrs["exprs"]):
+        value = ex.evaluate(e, spread, indices)
+        for name, size in op.attrs.get("sums", {}).items():
+            value = np.where(indices[name] < size, value, nothing)
+        found.append(_reduce(op, value, sizes, op.rule.outs[k]))
+    return tuple(found)
 
 
 def _local_sizes(op: Op, args: Sequence[Array]) -> list[int]:
@@ -80,11 +85,12 @@ def _take(op: Op, args: Sequence[Array], offsets: Offsets) -> Array:
     rows = table.shape[0]
     local = ids.astype(np.int64) - offsets.get(op.attrs["along"], 0)
     inside = (local >= 0) & (local < rows)
-    return table[np.clip(local, 0, rows - 1)] * inside[..., None]
+    return np.where(inside[..., None], table[np.clip(local, 0, rows - 1)], 0.0)
 
 
 def _scatter(op: Op, args: Sequence[Array], offsets: Offsets) -> Array:
     """Sum of cotangent rows by id, for the rows that live here."""
+    args = structural_kernels.counted(op, args, offsets)
     ids, rows = args if args[0].ndim < args[1].ndim else args[::-1]
     along = op.attrs["along"]
     size = next(f.size for f in op.rule.factors if f.name == along)

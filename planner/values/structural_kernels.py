@@ -35,6 +35,21 @@ def local_sizes(op: Op, args: Sequence[Array]) -> list[int]:
     return sizes
 
 
+def counted(op: Op, args: Sequence[Array], offsets: Offsets) -> list[Array]:
+    """Operands of a sum of products, zero beyond the end of every unevenly split factor that it
+    adds up over."""
+    names = [f.name for f in op.rule.factors]
+    found = list(args)
+    for name, size in op.attrs.get("sums", {}).items():
+        for i, dims in enumerate(op.rule.ins):
+            if (names.index(name),) in dims:
+                axis = dims.index((names.index(name),))
+                at = offsets[name] + np.arange(found[i].shape[axis])
+                kept = (at < size).reshape([-1 if d == axis else 1 for d in range(len(dims))])
+                found[i] = np.where(kept, found[i], 0)
+    return found
+
+
 def _along(array: Array, axis: int, part: slice) -> tuple[slice, ...]:
     return tuple(part if i == axis else slice(None) for i in range(array.ndim))
 

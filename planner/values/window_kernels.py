@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.graph.core import Op
-from planner.values.structural_kernels import local_sizes
+from planner.values.structural_kernels import counted, local_sizes
 
 Array = NDArray[Any]
 Offsets = Mapping[str, int]
@@ -88,6 +88,7 @@ def _tap_filter(op: Op, tap: Array, groups: int) -> Array:
 
 
 def _conv(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
+    args = counted(op, args, offsets)
     (x, lead), w, groups = _flat(op, args[0]), args[1], _groups(op, args)
     padded = _padded(op, x)
     total: Any = 0.0
@@ -98,6 +99,7 @@ def _conv(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
 
 
 def _conv_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
+    args = counted(op, args, offsets)
     (y, lead), w, groups = _flat(op, args[0]), args[1], _groups(op, args)
     channels = w.shape[-1] if op.attrs["flipped"] else w.shape[-2] * groups
     padded = _zeros(op, y.shape[0], channels)
@@ -109,6 +111,7 @@ def _conv_dx(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ..
 
 
 def _conv_dw(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
+    args = counted(op, args, offsets)
     (x, _), (y, _), groups = _flat(op, args[0]), _flat(op, args[1]), _groups(op, args)
     padded, split = _padded(op, x), _split(y, groups)
     form = "bpgc,bpgn->ngc" if op.attrs["flipped"] else "bpgc,bpgn->cgn"

@@ -263,8 +263,19 @@ def _library_flops(scope: Computation, i: Instruction) -> float:
             raise HloError(f"'{i.name}' has no contracting dimensions")
         return 2.0 * prod(i.shape[0].shape) * prod(_sizes_at(operands[0].shape, over[1]))
     if "conv" in target.lower() and i.attribute("dim_labels"):
-        return convolution_flops(i, operands)
+        return _library_convolution(target, i, operands)
     return 0.0
+
+
+def _library_convolution(target: str, i: Instruction, operands: Sequence[Array]) -> float:
+    """Every tap counts, as in the model. Backward ones keep the labels of the forward one."""
+    taps, made = operands[1], i.shape[0]
+    if "BackwardInput" in target:
+        made = operands[0]
+    elif "BackwardFilter" in target:
+        taps, made = i.shape[0], operands[1]
+    kernel = re.split(r"_|->", i.attribute("dim_labels") or "")[1]
+    return 2.0 * prod(made.shape) * prod(taps.shape) / taps.shape[kernel.index("o")]
 
 
 def convolution_flops(i: Instruction, operands: Sequence[Array]) -> float:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from small_programs import Draft, programs, random_program
 
+from costmodels.gathered import copy_gathered
 from costmodels.memory import read_memory
 from costmodels.program import (
     Block,
@@ -152,6 +153,24 @@ def test_a_donated_input_is_counted_once():
     new = d.new(100, "temporaries", alias=w)
     program = d.program([Step("update", (d.compute((w, g), (new,)),))], [w, g], [new])
     assert read_memory(program).peak_bytes == 110
+
+
+def test_parameters_that_a_gather_replaces_lie_twice():
+    """What is updated in place, and states that are gathered, lie once."""
+    d = Draft()
+    w, v, state = d.new(100, "parameters"), d.new(40, "parameters"), d.new(20, "optimizer")
+    part, moment = d.new(50), d.new(10)
+    new_w, new_v = d.new(100, alias=w), d.new(40, alias=v)
+    new_state = d.new(20, alias=state)
+    steps = [
+        Step("update", (d.compute((w,), (part,)), d.compute((v,), (new_v,)))),
+        Step("gather", (d.move("all-gather", part, new_w, 100),)),
+        Step("state", (d.compute((state,), (moment,)),
+                       d.move("all-gather", moment, new_state, 20))),
+    ]  # fmt: skip
+    program = d.program(steps, [w, v, state], [new_w, new_v, new_state])
+    assert read_memory(program).profile == (160 + 50, 160 + 50, 160 + 10)
+    assert read_memory(copy_gathered(program)).profile == (260 + 50, 260 + 50, 260 + 10)
 
 
 def test_stacks_live_for_the_whole_loop_and_a_carry_takes_two_buffers_inside():

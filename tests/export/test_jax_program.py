@@ -6,18 +6,20 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
+from small_models import built, conv_net, decoder
 
 import meshes
 from planner.architectures import build
 from planner.architectures.settings import Decoder
 from planner.export.jax_ops import ExportError
-from planner.export.jax_program import jax_program
+from planner.export.jax_program import jax_program, result_program
 from planner.export.placement import Copy, Placement
 from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
@@ -25,6 +27,7 @@ from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
 from planner.model import OPTIMIZERS, Model, Pipeline, Remat, Training
 from planner.pipelining.stacked import stacked
+from planner.planning import price_annotations
 from planner.sharding.spec import Spec
 from planner.values import reference
 
@@ -105,6 +108,21 @@ def test_remat_policies_change_no_gradient(remat: Remat) -> None:
     check_gradients(support.transformer(remat=remat))
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "dots", "attention"])
+def test_bodies_save_what_the_plan_saves(remat: Remat) -> None:
+    """JAX by itself keeps far more than is needed, and casts of weights for every layer."""
+    model = f32(support.transformer(remat=remat))
+    forward = next(n for n in training_step(model).nodes if isinstance(n, Loop))
+    tensors = forward.body.tensors
+    planned = sorted(np.prod(tensors[s.inner].shape) for s in forward.writes)
+    module = load(jax_program(model, MESH, Placement({})))
+    params, _, batch = module.shapes()
+    traced = jax.make_jaxpr(jax.value_and_grad(module.loss_fn))(params, batch)
+    scan = next(e for e in traced.eqns if e.primitive.name == "scan")
+    stacks = scan.outvars[scan.params["num_carry"] :]
+    assert sorted(np.prod(v.aval.shape[1:]) for v in stacks) == planned
+
+
 def test_ring_attention_and_stages_in_one_program() -> None:
     check_gradients(decoder_of({"attention_blocks": 4, "kv_heads": 2}))
     model = decoder_of({})
@@ -175,7 +193,8 @@ np.testing.assert_allclose(loss, expected, rtol=1e-5)
 for name, g in grads.items():
     want = expected_grads[name]
     np.testing.assert_allclose(g, want, rtol=0, atol=1e-4 * float(abs(want).max()), err_msg=name)
-assert params["layers.w1"].sharding.spec == PARAMETERS["layers.w1"][2]
+for name, p in params.items():
+    assert p.sharding.is_equivalent_to(NamedSharding(mesh, PARAMETERS[name][2]), p.ndim), name
 loss, params, states = compiled_step(mesh)(params, states, batch)
 np.testing.assert_allclose(loss, expected, rtol=1e-5)
 print("same")
@@ -197,8 +216,48 @@ def test_sharded_over_eight_devices_is_the_same(tmp_path: Path) -> None:
         },
         {"layers.h": Spec((("x",), (), ("y",)))},
     )
+    run_sharded(jax_program(f32(support.transformer(optimizer="adamw")), MESH, place), tmp_path)
+
+
+def test_uneven_activations_are_padded_by_the_compiler(tmp_path: Path) -> None:
+    """Batch 6, 3 heads, 11 words over 2 × 4 devices: uneven in the program, which computes the
+    same; its arguments, which JAX takes only in equal shards, lie evenly."""
+    sizes = {"positions": 5, "vocabulary": 11, "width": 8, "heads": 3, "head": 2}
+    model = replace(f32(decoder(6, optimizer="adamw", **sizes)), uneven=True)
+    wanted = {
+        "x": (("y",), (), ()), "layers.q": (("x",), (), ("y",), ()),
+        "layers.h": (("x", "y"), (), ()), "logits": ((), (), ("x", "y")),
+    }  # fmt: skip
+    result = price_annotations(model, MESH, wanted)
+    given = {name: result.specs[name].dims for name in wanted}
+    assert given == wanted
+    assert all(
+        result.specs[t.name].fits(t.shape, dict(MESH.axes))
+        for t in (result.graph.tensors[n] for n in result.graph.inputs)
+    )
+    run_sharded(result_program(result), tmp_path)
+
+
+@pytest.mark.slow
+def test_uneven_space_is_padded_by_the_compiler(tmp_path: Path) -> None:
+    """Rows and columns of strided, dilated and transposed convolutions, with their halos."""
+    model = f32(built(partial(conv_net, height=14, width=12), remat="full", optimizer="sgd"))
+    graph, sizes = model.graph.all_tensors(), dict(MESH.axes)
+    space = Spec(((), ("x",), ("y",), ()))
+    wanted = {
+        name: space.dims for name, t in graph.items()
+        if t.dims[:1] == ("B",) and len(t.shape) == 4 and space.fits(t.shape, sizes, True)
+        and t.role == "activation"
+    }  # fmt: skip
+    uneven = [name for name in wanted if not space.fits(graph[name].shape, sizes)]
+    assert len(uneven) >= 4, uneven
+    result = price_annotations(replace(model, uneven=True), MESH, wanted)
+    run_sharded(result_program(result), tmp_path)
+
+
+def run_sharded(source: str, tmp_path: Path) -> None:
+    """Eight devices compute the loss and gradients that one does."""
     program = tmp_path / "program.py"
-    source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)
     program.write_text(source.partition('if __name__ == "__main__"')[0], encoding="utf-8")
     (tmp_path / "run.py").write_text(SHARDED, encoding="utf-8")
     flags = "--xla_force_host_platform_device_count=8"

@@ -247,13 +247,29 @@ def test_digest_ignores_spelling() -> None:
 @pytest.mark.parametrize(
     "override",
     ["dims.F=8192", "training.remat=none", "training.optimizer=sgd", "constraints={}",
-     "training.states=bf16", "graph.params.embed=[V, D ,]"],
+     "training.states=bf16", "uneven=true", "graph.params.embed=[V, D ,]"],
 )  # fmt: skip
 def test_digest_changes_with_the_content(override: str) -> None:
     if override.startswith("graph"):
         assert codes(DESIGN, override)
         return
     assert load_model(DESIGN, "m.yaml", [override]).digest != load_model(DESIGN, "m.yaml").digest
+
+
+# ---- uneven ------------------------------------------------------------------------------------
+
+
+def test_uneven_constraints() -> None:
+    """Only where asked for, with little padding, and not of what a step is given."""
+    pinned = "constraints={logits: [null, null, model], layers.h: [null, data, null]}"
+    sizes = ("dims.V=50257", "dims.S=4100", "mesh.shape={data: 16, model: 4}")
+    assert codes(DESIGN, *sizes, pinned) == ["not-divisible", "not-divisible"]
+    model = load_model(DESIGN, "m.yaml", [*sizes, pinned, "uneven=true"])
+    assert model.uneven
+    assert model.constraints["logits"] == ((), (), ("model",))
+    table = "constraints={embed: [model, null]}"
+    assert codes(DESIGN, *sizes, table, "uneven=true") == ["not-divisible"]
+    assert codes(DESIGN, *sizes, "dims.S=17", pinned, "uneven=true") == ["not-divisible"]
 
 
 # ---- schema ------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ Twenty random plans per schedule and model: the loss, every new parameter and op
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -13,9 +14,18 @@ import pytest
 from random_pipelines import PipelineDrawer, StackedDrawer, pipelined
 from small_models import decoder, encoder_decoder, experts
 
+from planner.model import Model
+
 DRAWS = 20
 QUICK = 3  # of these in every run of the tests
 SMALL = {"layers_": 2, "positions": 2, "width": 4, "hidden": 4, "heads": 2}
+ODD = {"positions": 3, "vocabulary": 7, "width": 6, "hidden": 5, "heads": 3, "batch": 3}
+
+
+def padded(model: Model) -> Model:
+    return replace(model, uneven=True)
+
+
 CASES: dict[str, Callable[[], PipelineDrawer | StackedDrawer]] = {
     "1f1b": lambda: PipelineDrawer(
         pipelined(decoder(optimizer="adamw", remat="full"), "1f1b", microbatches=3),
@@ -36,6 +46,12 @@ CASES: dict[str, Callable[[], PipelineDrawer | StackedDrawer]] = {
             "interleaved", chunks=2,
         ),
         2, {"x": 2},
+    ),
+    "1f1b, padded": lambda: PipelineDrawer(
+        padded(pipelined(decoder(optimizer="adamw", remat="full", **ODD), "1f1b")), 2, {"x": 4}
+    ),
+    "gpipe in one program, padded": lambda: StackedDrawer(
+        padded(pipelined(decoder(optimizer="sgd", remat="none", **ODD), "gpipe")), 2, {"x": 4}
     ),
     "gpipe": lambda: PipelineDrawer(
         pipelined(decoder(**SMALL, optimizer="sgd", remat="full"), "gpipe"), 2, {"x": 2}
@@ -65,6 +81,7 @@ def drawer(name: str) -> PipelineDrawer | StackedDrawer:
     return CASES[name]()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # padding cast to positions
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("name", CASES)
 def test_any_plan_computes_what_accumulation_computes(name: str, seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 import meshes
+from costmodels.compute import stream_seconds
 from costmodels.summary import collectives
 from planner.modelfile import load_model
 from planner.planning import price_annotations
@@ -60,6 +61,17 @@ def test_an_axis_of_size_one_splits_nothing() -> None:
     model = load_model(TEXT, "mlp")
     alone = price_annotations(model, mesh(1, 1), LAYOUT, as_laid=LAYOUT)
     assert alone.timing.exposed_communication_s == 0
+
+
+def test_products_that_add_up_gradients_save_the_passes_that_do() -> None:
+    """A pass over each weight's gradient per part: two arrays read, one written, all f32."""
+    text = TEXT.replace("training: {", "training: {fused_accumulation: true, ")
+    on = mesh(1, 1)
+    apart, fused = (price_annotations(load_model(t, "mlp"), on, LAYOUT) for t in (TEXT, text))
+    a_pass = stream_seconds(on.chip, 3 * 256 * 1024 * 4, dtype="f32")
+    saved = apart.timing.step_time_s - fused.timing.step_time_s
+    assert saved == pytest.approx(4 * 2 * a_pass, rel=1e-6)
+    assert fused.memory.peak_bytes == apart.memory.peak_bytes
 
 
 def test_a_layout_that_no_op_can_read() -> None:

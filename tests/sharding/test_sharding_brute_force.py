@@ -1,7 +1,8 @@
 """The ILP finds what enumerating all plans, lowering each whole and reading it, finds.
 
 Random graphs with fan-out, storage that differs from use, partial sums that meet in a sum,
-maxima, loops, donated states and training steps whose memory limit binds in the backward loop.
+maxima, loops, donated states, dimensions that axes do not divide, and training steps whose memory
+limit binds in the backward loop.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ from both_prices import Price
 from brute_force import BruteForce, Leaf, TooMany
 from fitting import cheapest_fitting
 from random_graphs import batch_pins, random_graph, random_training_step
+from random_plans import padded_ops
 
 import meshes
 from meshes import LogicalMesh
 from planner.graph.core import Graph
+from planner.plan import Plan
 from planner.sharding.flow import Flow, build_flow
 from planner.sharding.formulate import Space
 from planner.sharding.spec import Spec, replicated
@@ -37,9 +40,11 @@ def mesh(axes: int) -> LogicalMesh:
     return meshes.logical(meshes.resolve("tpu-v4:2x2x1"), {"x": 2, "y": 2})
 
 
-def check(graph: Graph, on: LogicalMesh, pins: Mapping[str, Spec]) -> Counter[str]:
+def check(
+    graph: Graph, on: LogicalMesh, pins: Mapping[str, Spec], uneven: bool = False
+) -> Counter[str]:
     """Compares ILP and brute force without and with limits; what happened, for the record."""
-    flow = build_flow(graph, pins)
+    flow = build_flow(graph, pins, uneven=uneven)
     happened: Counter[str] = Counter()
     try:
         space, brute = Space(flow, on), BruteForce(flow, on)
@@ -60,13 +65,15 @@ def check(graph: Graph, on: LogicalMesh, pins: Mapping[str, Spec]) -> Counter[st
         fitting = [leaf for leaf in fitting if leaf.seconds < seconds * (1 - TOLERANCE)]
         return min(fitting, key=lambda leaf: leaf.seconds, default=None)
 
-    free = optimum(space, None)
-    assert free is not None
+    cheapest = optimum(space, None)
+    assert cheapest is not None
+    plan, free = cheapest
     peak = free.profile.max()
+    happened["padded"] += bool(padded_ops(flow, plan))
     binding = step_of(flow, int(free.profile.argmax()))
     for limit in (inf, *(int(peak * fraction) for fraction in TIGHTER)):
         found = optimum(space, limit)
-        seconds = inf if found is None else found.seconds
+        seconds = inf if found is None else found[1].seconds
         try:
             assert cheaper(limit, seconds) is None, limit
         except TooMany:
@@ -78,15 +85,15 @@ def check(graph: Graph, on: LogicalMesh, pins: Mapping[str, Spec]) -> Counter[st
     return happened
 
 
-def optimum(space: Space, limit: float | None) -> Price | None:
-    """The lowered program of the ILP's optimum, which must fit and cost what the ILP says."""
+def optimum(space: Space, limit: float | None) -> tuple[Plan, Price] | None:
+    """The ILP's optimum; its lowered program must fit and cost what the ILP says."""
     found = cheapest_fitting(space, limit)
     if found is None:
         return None
     plan, price = found
     assert plan.proof.objective_s == pytest.approx(price.seconds, rel=TOLERANCE)
     assert limit is None or price.profile.max() <= limit
-    return price
+    return found
 
 
 def step_of(flow: Flow, step: int) -> str:
@@ -108,6 +115,18 @@ def over_graphs(seeds: range) -> None:
     assert happened["skipped"] < len(seeds), happened  # of four comparisons each
     assert happened["enumerated"] >= len(seeds) / 5, happened
     assert happened["slower"] >= len(seeds) / 8, happened
+    assert not happened["padded"]
+
+
+def over_uneven_graphs(seeds: range, axes: int) -> None:
+    """Hardly a dimension that could be split evenly; optima pad where it pays."""
+    happened: Counter[str] = Counter()
+    for seed in seeds:
+        graph = random_graph(seed, (1023, 2047, 8191, 1024))
+        pins = whole_outputs(graph) if seed % 2 else {}
+        happened += check(graph, mesh(axes), pins, uneven=True)
+    assert happened["skipped"] < len(seeds), happened
+    assert happened["padded"] >= len(seeds) / 4, happened
 
 
 def over_training_steps(seeds: range) -> None:
@@ -124,6 +143,10 @@ def test_random_graphs() -> None:
     over_graphs(range(50))
 
 
+def test_random_graphs_with_padding() -> None:
+    over_uneven_graphs(range(40), 1)
+
+
 def test_training_steps_with_a_loop() -> None:
     over_training_steps(range(8, 16))
 
@@ -131,6 +154,11 @@ def test_training_steps_with_a_loop() -> None:
 @pytest.mark.slow
 def test_many_random_graphs() -> None:
     over_graphs(range(50, 160))
+
+
+@pytest.mark.slow
+def test_many_random_graphs_with_padding() -> None:
+    over_uneven_graphs(range(40, 80), 2)
 
 
 @pytest.mark.slow

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from both_prices import ilp_price, lowered_price
-from random_plans import PlanDrawer
-from small_models import decoder, steps
+from random_plans import PlanDrawer, UnevenDrawer
+from small_models import decoder, odd_steps, steps
 
 import meshes
 from meshes import LogicalMesh
@@ -28,11 +28,13 @@ def tpu(topology: str, **shape: int) -> LogicalMesh:
     return meshes.logical(meshes.resolve(topology), shape)
 
 
-def assert_priced_alike(graph: Graph, mesh: LogicalMesh, draws: int) -> None:
-    flow = build_flow(graph, {})
+def assert_priced_alike(
+    graph: Graph, mesh: LogicalMesh, draws: int, uneven: bool = False
+) -> None:
+    flow = build_flow(graph, {}, uneven=uneven)
     space = Space(flow, mesh)
     problem = space.problem(LIMIT, range(flow.steps))
-    drawer = PlanDrawer(flow, mesh.axes)
+    drawer = (UnevenDrawer if uneven else PlanDrawer)(flow, mesh.axes)
     for seed in range(draws):
         plan = drawer.draw(seed)
         by_ilp = ilp_price(space, problem, plan, flow.steps)
@@ -44,6 +46,12 @@ def assert_priced_alike(graph: Graph, mesh: LogicalMesh, draws: int) -> None:
 @pytest.mark.parametrize("name", STEPS)
 def test_small_models(name: str) -> None:
     assert_priced_alike(STEPS[name](), tpu("tpu-v4:2x2x2", x=2, y=4), DRAWS)
+
+
+@pytest.mark.parametrize("name", odd_steps())
+def test_padded_plans(name: str) -> None:
+    mesh = tpu("tpu-v4:2x2x2", x=2, y=4)
+    assert_priced_alike(odd_steps()[name](), mesh, DRAWS, uneven=True)
 
 
 def test_three_axes() -> None:

@@ -27,6 +27,8 @@ AXES = {
     4: (("x", 2), ("y", 2), ("z", 2), ("w", 2)),
 }
 SHAPES = ((8,), (8, 4), (16, 8), (4, 6, 8), (3, 16), (2, 2, 2, 2))
+PADDED = ((7,), (25,), (5, 12), (12, 7), (11, 4, 6), (3, 3, 7))  # for most axes uneven
+CASES = [(s, False) for s in SHAPES] + [(s, True) for s in (*SHAPES, *PADDED, *PADDED)]
 Axes = tuple[tuple[str, int], ...]
 
 
@@ -34,9 +36,11 @@ def price(kind: str, axes: Sequence[str], payload_bytes: np.ndarray) -> np.ndarr
     return 1e-6 * len(axes) * (1.5 if kind == "all-reduce" else 1) + payload_bytes * 1e-9
 
 
-def draw_spec(rng: random.Random, shape: Sequence[int], axes: Axes) -> Spec:
-    """Any even spec, the axes of a dimension in any order."""
-    spec = rng.choice(all_specs(shape, dict(axes), partial=True))
+def draw_spec(
+    rng: random.Random, shape: Sequence[int], axes: Axes, uneven: bool = False
+) -> Spec:
+    """Any spec, the axes of a dimension in any order."""
+    spec = rng.choice(all_specs(shape, dict(axes), True, uneven))
     dims = tuple(tuple(rng.sample(d, len(d))) for d in spec.dims)
     return Spec(dims, spec.partial)
 
@@ -62,7 +66,7 @@ def scattered(
     return found
 
 
-def combined(shards: Shards, spec: Spec, axes: Axes) -> np.ndarray:
+def combined(shards: Shards, spec: Spec, axes: Axes, shape: Sequence[int]) -> np.ndarray:
     """The array that `shards` mean; pieces over partial axes added up."""
     names = [a for a, _ in axes]
     where = [names.index(a) for a in spec.partial]
@@ -74,7 +78,7 @@ def combined(shards: Shards, spec: Spec, axes: Axes) -> np.ndarray:
         )
         for device in shards
     }
-    return unshard(totals, spec.without_partial(), axes)  # type: ignore[arg-type]
+    return unshard(totals, spec.without_partial(), axes, shape)  # type: ignore[arg-type]
 
 
 def program(
@@ -96,15 +100,16 @@ def program(
     return Program(axes, buffers, (Step("path", tuple(out)),), {"a": 0}, {"a": len(path)})
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.integers(1, 4), st.sampled_from(SHAPES), st.integers(0, 10**6))
+@settings(max_examples=300, deadline=None)
+@given(st.integers(1, 4), st.sampled_from(CASES), st.integers(0, 10**6))
 def test_a_path_turns_shards_into_the_target_s(
-    count: int, shape: tuple[int, ...], seed: int
+    count: int, case: tuple[tuple[int, ...], bool], seed: int
 ) -> None:
-    rng, axes = random.Random(seed), AXES[count]
-    source, target = draw_spec(rng, shape, axes), draw_spec(rng, shape, axes)
+    """Blocks of uneven dimensions, too, whose padding holds no numbers."""
+    rng, axes, (shape, uneven) = random.Random(seed), AXES[count], case
+    source, target = (draw_spec(rng, shape, axes, uneven) for _ in range(2))
     reduce = rng.choice(("sum", "max"))
-    resharder = Resharder(dict(axes), price)
+    resharder = Resharder(dict(axes), price, uneven)
     path = resharder.path(source, target, shape, 4, reduce)
     seconds = resharder.seconds(source, target, shape, 4, reduce)
     if path is None:
@@ -118,7 +123,8 @@ def test_a_path_turns_shards_into_the_target_s(
     moved = Interpreter(run).run({"a": shards})["a"]
     local = target.local_shape(shape, dict(axes))
     assert {b.shape for b in moved.values()} == {local}
-    np.testing.assert_allclose(combined(moved, target, axes), array, rtol=1e-9, atol=1e-9)
+    found = combined(moved, target, axes, shape)
+    np.testing.assert_allclose(found, array, rtol=1e-9, atol=1e-9)
     paid = sum(
         price(i.kind, i.axes, np.array(i.bytes))
         for i, _ in run.instructions()
@@ -159,12 +165,17 @@ def test_equal_axes_are_symmetric(count: int, shape: tuple[int, ...], seed: int)
 
 
 @pytest.mark.parametrize("count", AXES)
-@pytest.mark.parametrize("shape", [(8, 4), (4, 6, 8)])
-def test_the_vectorised_prices_are_those_of_the_paths(count: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize(
+    ("shape", "uneven"),
+    [((8, 4), False), ((4, 6, 8), False), ((7, 12), True), ((11, 4, 6), True)],
+)
+def test_the_vectorised_prices_are_those_of_the_paths(
+    count: int, shape: tuple[int, ...], uneven: bool
+) -> None:
     rng, axes = random.Random(count), AXES[count]
-    resharder = Resharder(dict(axes), price)
-    sources = [draw_spec(rng, shape, axes) for _ in range(8)]
-    targets = [draw_spec(rng, shape, axes) for _ in range(8)]
+    resharder = Resharder(dict(axes), price, uneven)
+    sources = [draw_spec(rng, shape, axes, uneven) for _ in range(8)]
+    targets = [draw_spec(rng, shape, axes, uneven) for _ in range(8)]
     matrix = resharder.matrix(sources, targets, shape, 2)
     for (i, s), (j, t) in product(enumerate(sources), enumerate(targets)):
         paid, spec = 0.0, s
@@ -195,6 +206,34 @@ def test_known_paths() -> None:
         assert [m.kind for m in path] == kinds, (source, target)
 
 
+def test_uneven_paths_are_padded() -> None:
+    """Of 12 points over 8 devices each holds 2: collectives move 16. Over 2 devices blocks of 6
+    are not made of blocks of 2: from one to the other only by way of the whole."""
+    axes = {"x": 2, "y": 4}
+    resharder = Resharder(axes, price, uneven=True)
+    eighths, halves = Spec((("x", "y"), ())), Spec((("x",), ()))
+    columns, whole = Spec(((), ("x", "y"))), Spec(((), ()))
+    cases = [
+        (eighths, whole, ["all-gather"], [16 * 16]), (whole, eighths, ["slice"], [12 * 16]),
+        (columns, eighths, ["all-to-all"], [16 * 2]),
+        (eighths, columns, ["all-to-all"], [2 * 16]),
+        (Spec(((), ()), ("x", "y")), eighths, ["reduce-scatter"], [16 * 16]),
+        (eighths, halves, ["all-gather", "slice"], [16 * 16, 12 * 16]),
+        (halves, eighths, ["all-gather", "slice"], [12 * 16, 12 * 16]),
+    ]  # fmt: skip
+    for source, target, kinds, elements in cases:
+        path = resharder.path(source, target, (12, 16), 4)
+        assert path is not None
+        assert [m.kind for m in path] == kinds, (source, target)
+        before = (source, *(m.result for m in path))
+        paid = [
+            payload_elements(m, s, (12, 16), axes) for m, s in zip(path, before, strict=False)
+        ]
+        assert paid == elements, (source, target)
+    assert not eighths.fits((12, 16), axes)  # unless it is asked for
+    assert isinf(Resharder(axes, price).seconds(whole, eighths, (12, 16), 4))
+
+
 def test_an_unreduced_maximum_is_not_summed() -> None:
     resharder = Resharder({"x": 2}, price)
     pending = Spec(((),), ("x",))
@@ -223,6 +262,16 @@ def test_all_specs_are_the_even_canonical_ones(count: int, shape: tuple[int, ...
     assert len(found) == len(set(found))
     assert set(found) == wanted
     assert set(all_specs(shape, sizes)) == {s for s in wanted if not s.partial}
+
+
+def test_padding_takes_a_third_at_most() -> None:
+    axes = {"x": 8}
+    sizes = [n for n in range(1, 30) if Spec((("x",),)).fits((n,), axes, uneven=True)]
+    assert sizes == [*(6, 7, 8), *range(11, 30)]
+    found = all_specs((12, 9), {"x": 2, "y": 4}, uneven=True)
+    assert Spec((("x", "y"), ())) in found
+    assert Spec((("x",), ("y",))) in found
+    assert Spec(((), ("x", "y"))) not in found
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from costmodels.gathered import copy_gathered
 from costmodels.memory import read_memory
 from costmodels.pricing import instruction_seconds
 from costmodels.program import Program
@@ -23,6 +24,8 @@ class Price:
 
 def lowered_price(space: Space, plan: Plan) -> Price:
     program = lower(space.flow, plan, space.resharder)
+    if space.mesh.chip.family == "tpu":
+        program = copy_gathered(program)
     return Price(serial_seconds(space, program), np.array(read_memory(program).profile, float))
 
 

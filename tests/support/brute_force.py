@@ -17,6 +17,7 @@ import numpy as np
 from random_plans import Node, PlanDrawer
 
 from costmodels.collectives import collective_seconds
+from costmodels.gathered import copy_gathered
 from costmodels.memory import read_memory
 from costmodels.pricing import instruction_seconds, kernel_seconds
 from costmodels.program import ITEM_BYTES
@@ -54,7 +55,8 @@ class BruteForce:
         self.options = self.drawer.options
         self.sizes = dict(mesh.axes)
         self.resharder = Resharder(
-            self.sizes, lambda kind, axes, size: collective_seconds(mesh, kind, axes, size)
+            self.sizes, lambda kind, axes, size: collective_seconds(mesh, kind, axes, size),
+            flow.uneven,
         )
         self.tensors = flow.graph.all_tensors()
         self.nodes = self._ordered()
@@ -107,6 +109,8 @@ class BruteForce:
         chosen = {n: self.options[n][k] for n, k in zip(self.nodes, taken, strict=True)}
         plan = self.drawer.plan(chosen)
         program = lower(self.flow, plan, self.resharder)
+        if self.mesh.chip.family == "tpu":
+            program = copy_gathered(program)
         whole = sum(n * instruction_seconds(self.mesh, i) for i, n in program.instructions())
         assert abs(whole - seconds) <= SLACK * whole
         return Leaf(plan, whole, read_memory(program).peak_bytes)

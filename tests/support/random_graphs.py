@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from planner.graph import expr as ex
 from planner.graph.builder import Builder
@@ -13,14 +14,15 @@ from planner.sharding.flow import build_flow
 from planner.sharding.spec import Spec
 
 EVEN = (1024, 2048, 8192)  # large enough that sharding pays
-ODD = 1023  # cannot be split
+ODD = 1023  # cannot be split evenly
 
 
-def random_graph(seed: int) -> Graph:
-    """A graph of two to four ops, one of them perhaps in a loop, and perhaps a donated state."""
+def random_graph(seed: int, dims: Sequence[int] = (*EVEN, ODD)) -> Graph:
+    """A graph of two to four ops, one of them perhaps in a loop, and perhaps a donated state.
+    `dims`: the sizes to draw from."""
     rng = random.Random(seed)
     b = Builder(param_dtype="bf16")
-    sizes = {d: rng.choice((*EVEN, ODD)) for d in "ABC"}
+    sizes = {d: rng.choice(dims) for d in "ABC"}
     pairs = [("A", "B"), ("B", "C"), ("A", "C")]
     made = [b.param(f"p{i}", [sizes[d] for d in dims], dims)
             for i, dims in enumerate(rng.sample(pairs, 2))]  # fmt: skip

@@ -139,7 +139,7 @@ class StackedDrawer:
         whole = training_step(model)
         inputs = reference.random_inputs(whole)
         step = training_step(stacked(model, AXIS, devices))
-        self.flow = build_flow(step, {})
+        self.flow = build_flow(step, {}, uneven=model.uneven)
         self.wanted = {
             name: self.in_stages(name, array) for name, array in expected(whole, inputs).items()
         }

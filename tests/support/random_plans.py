@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 
 from costmodels.program import Program
-from planner.graph.core import Graph
+from planner.graph.core import Graph, Op
 from planner.lowering.lower import lower
 from planner.plan import Plan, Proof
-from planner.sharding.choices import OpChoices
+from planner.sharding.choices import Choice, OpChoices
 from planner.sharding.flow import Conversion, Flow, Place
 from planner.sharding.formulate import home_specs
 from planner.sharding.reshard import Resharder
@@ -38,7 +39,7 @@ class PlanDrawer:
         for site in flow.sites.values():
             name = site.op.origin or site.op.name
             if ("op", name) not in self.options:
-                self.options["op", name] = OpChoices(site.op, axes).choices
+                self.options["op", name] = OpChoices(site.op, axes, flow.uneven).choices
         for home in flow.homes:
             self.options["home", home.id] = home_specs(home, self.sizes)
 
@@ -87,6 +88,40 @@ class PlanDrawer:
         return option.result(rule, place.slot, list(self.sizes))  # type: ignore[attr-defined]
 
 
+class UnevenDrawer(PlanDrawer):
+    """Prefers choices that pad something."""
+
+    def __init__(self, flow: Flow, axes: Axes) -> None:
+        super().__init__(flow, axes)
+        self.padding = {
+            ("op", name): tuple(
+                o for o in self.options["op", name]
+                if isinstance(o, Choice) and pads(site.op, o, self.sizes)
+            )
+            for name, site in flow.sites.items() if ("op", name) in self.options
+        }  # fmt: skip
+
+    def _option(self, rng: random.Random, node: Node, eager: float) -> object:
+        if self.padding.get(node) and rng.random() < 0.7:
+            return rng.choice(self.padding[node])
+        return super()._option(rng, node, eager)
+
+
+def padded_ops(flow: Flow, plan: Plan) -> set[str]:
+    """Ops of which the plan splits a factor that does not divide."""
+    return {
+        name for name, choice in plan.choices.items()
+        if pads(flow.sites[name].op, choice, plan.sizes)
+    }  # fmt: skip
+
+
+def pads(op: Op, choice: Choice, sizes: Mapping[str, int]) -> bool:
+    return any(
+        f.size % prod(sizes[a] for a in axes)
+        for f, axes in zip(op.rule.factors, choice.split, strict=True)
+    )
+
+
 def possible(source: Spec, target: Spec, reduce: str) -> bool:
     """Whether arrays in `source` can be brought into `target`: not if an unreduced maximum
     would have to be an unreduced sum."""
@@ -99,7 +134,7 @@ def run_plan(flow: Flow, plan: Plan, inputs: Mapping[str, np.ndarray]) -> dict[s
 
 
 def lowered(flow: Flow, plan: Plan) -> Program:
-    return lower(flow, plan, Resharder(plan.sizes, unit_price))
+    return lower(flow, plan, Resharder(plan.sizes, unit_price, flow.uneven))
 
 
 def outputs(

@@ -1,7 +1,9 @@
 """The zoo scaled down: the same architectures, small enough for eight virtual devices or for a
 compiler that is to be done in seconds.
 
-`TINY` keeps values comparable on CPUs; `SMALL` has peaks of hundreds of MiB on eight devices.
+`TINY` keeps values comparable on CPUs. `SMALL` is small in depth only: layers narrower than these
+are dominated by what the zoo's own hardly have, collectives so short that compilers combine them
+and keep what they reduce.
 """
 
 from __future__ import annotations
@@ -16,12 +18,12 @@ Settings = Mapping[str, int | str]
 
 _TEXT = {"d_model": 32, "d_ff": 64, "heads": 8, "head_dim": 8, "vocab": 64, "sequence": 16}
 _WIDE = {
-    "d_model": 1024, "d_ff": 4096, "heads": 16, "head_dim": 64, "vocab": 8192, "sequence": 512,
+    "d_model": 2048, "d_ff": 8192, "heads": 16, "head_dim": 128, "vocab": 32768, "sequence": 1024,
 }  # fmt: skip
 _STACK = {"layers": 2}
 _TWO_STACKS = {"encoder_layers": 2, "decoder_layers": 2}
 _GSHARD = {"dims.S": 16, "dims.tokens": 256, "dims.N": 16}
-_GSHARD_SMALL = {"dims.S": 512, "dims.tokens": 32768, "dims.N": 512}
+_GSHARD_SMALL = {"dims.S": 1024, "dims.tokens": "128Ki", "dims.N": 1024}
 
 #: Zoo model → keys of its `architecture:` block (or whole paths), for batches of 16 or so.
 TINY: dict[str, Settings] = {
@@ -52,14 +54,14 @@ SMALL: dict[str, Settings] = {
     "glam-1.2t": {**_WIDE, **_STACK, "experts": 8},
     "gpt3-175b": {**_WIDE, **_STACK},
     "gshard-m4": {
-        **_WIDE, "encoder_layers": 2, "decoder_layers": 2, "sequence": "S", "target_vocab": 4096,
+        **_WIDE, "encoder_layers": 2, "decoder_layers": 2, "sequence": "S", "target_vocab": 16384,
         "experts": 8, **_GSHARD_SMALL,
     },
     "lamda-137b": {**_WIDE, **_STACK},
     "llama3-8b": {**_WIDE, **_STACK, "kv_heads": 4, "training.accumulation_steps": 2},
     "mixtral-8x7b": {**_WIDE, **_STACK, "kv_heads": 4, "group_size": 512},
-    "t5-11b": {**_WIDE, **_TWO_STACKS, "target_sequence": 128},
-    "vit-22b": {"layers": 2, "d_model": 1024, "d_ff": 4096, "heads": 16, "classes": 1024},
+    "t5-11b": {**_WIDE, **_TWO_STACKS, "target_sequence": 256},
+    "vit-22b": {"layers": 2, "d_model": 2048, "d_ff": 8192, "heads": 16, "classes": 8192},
 }  # fmt: skip
 
 

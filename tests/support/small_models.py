@@ -7,6 +7,7 @@ parts of them.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -100,9 +101,9 @@ def weighted_sum(b: Builder, x: str) -> str:
     return b.map("loss", [(x, dims)], (), value, dtype="f32")
 
 
-def conv_net(b: Builder) -> str:
+def conv_net(b: Builder, batch: int = 4, height: int = 8, width: int = 8) -> str:
     """Strided, dilated, grouped and transposed convolutions, pooling, norms, a loop of blocks."""
-    x = b.input("image", (4, 8, 8, 4), ("B", "H", "W", "C"), "f32")
+    x = b.input("image", (batch, height, width, 4), ("B", "H", "W", "C"), "f32")
     stem = b.param("stem", (3, 3, 4, 8), ("kh", "kw", "I", "C"))
     h = windows.conv(b, x, stem, stride=2)
     r = b.repeat("blocks", 2)
@@ -122,13 +123,13 @@ def conv_net(b: Builder) -> str:
     return weighted_sum(b, windows.global_avg_pool(b, smooth))
 
 
-def rearranged(b: Builder) -> str:
+def rearranged(b: Builder, batch: int = 4, width: int = 4) -> str:
     """Reshape, concat, slice, pad, sort, cumsum, transpose; a maximum read by a linear op."""
-    x = b.param("x", (4, 8, 4), ("B", "S", "D"))
-    y = b.param("y", (4, 8, 4), ("B", "S", "D"))
-    split = structural.reshape(b, x, (4, 2, 4, 4), ("B", "N", "P", "D"))
-    merged = structural.reshape(b, split, (8, 16), ("BN", "PD"))
-    back = structural.reshape(b, merged, (4, 8, 4), ("B", "S", "D"))
+    x = b.param("x", (batch, 8, width), ("B", "S", "D"))
+    y = b.param("y", (batch, 8, width), ("B", "S", "D"))
+    split = structural.reshape(b, x, (batch, 2, 4, width), ("B", "N", "P", "D"))
+    merged = structural.reshape(b, split, (2 * batch, 4 * width), ("BN", "PD"))
+    back = structural.reshape(b, merged, (batch, 8, width), ("B", "S", "D"))
     moved = windows.shift(b, back, "S", -1)
     turned = windows.shift(b, windows.shift(b, moved, "S", 2, wrap=True), "D", -1, wrap=True)
     joined = structural.concat(b, [windows.shift(b, turned, "B", 2), y], "D")
@@ -141,7 +142,7 @@ def rearranged(b: Builder) -> str:
     dims = b.lookup(best).dims
     top = b.map("top", [(best, dims)], dims[:2], ex.x(0), combiner="max")
     twice = b.map("twice", [(top, dims[:2])], dims[:2], ex.mul(ex.c(2.0), ex.x(0)))
-    scale = b.param("scale", (8, 4), dims[:2])
+    scale = b.param("scale", (2 * width, batch), dims[:2])
     both = [(twice, dims[:2]), (scale, dims[:2])]
     return weighted_sum(b, b.map("scaled", both, dims[:2], ex.mul(ex.x(0), ex.x(1))))
 
@@ -225,6 +226,25 @@ def factored() -> Graph:
     """Adafactor's second moments as rows and columns, which real sizes have."""
     with patch.object(optimizers, "FACTORED_MIN", 4):
         return training_step(decoder(remat="full", optimizer="adafactor"))
+
+
+ODD = {"positions": 5, "vocabulary": 11, "width": 7, "hidden": 14, "heads": 3, "head": 3}
+
+
+def odd_steps() -> dict[str, Callable[[], Graph]]:
+    """Training steps most of whose sizes no number of devices divides, with every kind of op."""
+    net = partial(conv_net, batch=3, height=10, width=14)
+    return {
+        "decoder": lambda: training_step(
+            decoder(batch=6, remat="full", optimizer="adamw", **ODD)
+        ),
+        "decoder accumulation": lambda: training_step(
+            decoder(batch=12, remat="dots", optimizer="adafactor", accumulation_steps=2, **ODD)
+        ),
+        "experts": lambda: training_step(experts(batch=6)),
+        "conv net": lambda: step_of(net, remat="full", optimizer="momentum"),
+        "rearranged": lambda: step_of(partial(rearranged, batch=6, width=5), optimizer="sgd"),
+    }
 
 
 def steps() -> dict[str, Callable[[], Graph]]:

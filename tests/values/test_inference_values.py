@@ -7,7 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from random_plans import PlanDrawer, expected, run_plan
+from random_plans import PlanDrawer, UnevenDrawer, expected, padded_ops, run_plan
 from scaled_zoo import TINY
 
 from planner import zoo
@@ -61,6 +61,23 @@ def test_any_plan_computes_what_the_step_computes(name: str, phase: str) -> None
     for seed in range(DRAWS):
         found = run_plan(flow, drawer.draw(seed), inputs)
         assert found.keys() == wanted.keys()
+        for tensor, array in wanted.items():
+            np.testing.assert_allclose(found[tensor], array, rtol=1e-7, atol=1e-9, err_msg=tensor)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # padding cast to positions
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("name", MODELS)
+def test_padding_changes_nothing(name: str, phase: str) -> None:
+    step = step_of(tiny(name, phase, context=6, batch=12))
+    inputs = reference.random_inputs(step)
+    wanted, flow = expected(step, inputs), build_flow(step, {}, uneven=True)
+    drawer = UnevenDrawer(flow, AXES)
+    for seed in range(3):
+        plan = drawer.draw(seed)
+        assert padded_ops(flow, plan)
+        found = run_plan(flow, plan, inputs)
         for tensor, array in wanted.items():
             np.testing.assert_allclose(found[tensor], array, rtol=1e-7, atol=1e-9, err_msg=tensor)
 

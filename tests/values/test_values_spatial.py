@@ -1,7 +1,8 @@
 """Convolution and pooling over sharded space: halo exchange computes what the whole op computes.
 
 Geometries are drawn: strides, dilations, transposed convolution, uneven windows (where shards of
-the result are not aligned with those of the operand). Every op whose space can be split is.
+the result are not aligned with those of the operand), sizes that axes do not divide. Every op whose
+space can be split is.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class SpaceDrawer(PlanDrawer):
 def steps(draw: st.DrawFn) -> Graph:
     kind = draw(st.sampled_from(KINDS))
     rank = draw(st.integers(1, 2))
-    spatial = tuple(draw(st.sampled_from([8, 10, 12, 16])) for _ in range(rank))
+    spatial = tuple(draw(st.sampled_from([7, 8, 9, 10, 11, 12, 15, 16])) for _ in range(rank))
     taps = draw(st.integers(1, 4))
     stride = draw(st.integers(1, 3))
     padding = draw(st.sampled_from(["same", "valid", 1]))
@@ -65,10 +66,12 @@ def steps(draw: st.DrawFn) -> Graph:
     return training_step(Model("m", b.graph([loss]), Training(2, optimizer="sgd"), 2))
 
 
-@settings(max_examples=60, deadline=None)
-@given(steps(), st.integers(0, 10**6))
-def test_split_space_computes_what_the_whole_op_computes(graph: Graph, seed: int) -> None:
-    flow = build_flow(graph, {})
+@settings(max_examples=120, deadline=None)
+@given(steps(), st.booleans(), st.integers(0, 10**6))
+def test_split_space_computes_what_the_whole_op_computes(
+    graph: Graph, uneven: bool, seed: int
+) -> None:
+    flow = build_flow(graph, {}, uneven=uneven)
     drawer = SpaceDrawer(flow, AXES)
     split = [
         c for options in drawer.options.values() for c in options

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from verify_support import FLOPS, SPECS, mesh, mlp
+from verify_support import BATCH, FLOPS, SPECS, mesh, mlp
 
 import meshes
 from planner.export.jax_program import jax_program
@@ -203,6 +204,20 @@ def test_cpu_compiler_agrees_on_flops() -> None:
     shown = text(v)
     assert shown.startswith("8 chips, 8 devices, mesh x=2 × y=4\n")
     assert document(v)["ok"] is v.ok
+
+
+def test_cpu_compiler_agrees_on_padding() -> None:
+    """8194 rows over 8 devices: every device computes 1025."""
+    pytest.importorskip("jax")
+    eighths = (("x", "y"), ())
+    pins = {
+        "x": (("x",), ()), "layers.w_in": ((), ()), "layers.w_out": ((), ()),
+        "layers.x.in": eighths, "layers.h": eighths, "layers.x": eighths,
+    }  # fmt: skip
+    model = replace(mlp(8194), uneven=True)
+    v = verify(price_annotations(model, mesh("tpu-v4:2x2x2"), pins), "cpu")
+    flops = next(r for r in v.rows if r.name.startswith("FLOPs"))
+    assert flops.compiled == flops.predicted == FLOPS / BATCH * 1025, text(v)
 
 
 @pytest.mark.compiler

@@ -64,6 +64,28 @@ def test_decomposed_matmuls_and_asynchronous_fusions() -> None:
     assert {c.stands_for for c in r.collectives} == {"", "all-gather", "reduce-scatter"}
 
 
+@pytest.mark.parametrize(
+    ("result", "operands", "target"),
+    [
+        ("bf16[8,28,28,32]", "bf16[8,56,56,16] %a, bf16[32,3,3,16] %b", "Forward"),
+        ("bf16[8,56,56,16]", "bf16[8,28,28,32] %a, bf16[32,3,3,16] %b", "BackwardInput"),
+        ("bf16[32,3,3,16]", "bf16[8,56,56,16] %a, bf16[8,28,28,32] %b", "BackwardFilter"),
+    ],
+)
+def test_library_convolutions_and_their_gradients(
+    result: str, operands: str, target: str
+) -> None:
+    """All three are one product: 28 x 28 positions, 9 taps, 16 to 32 features, 8 images."""
+    arguments = [f"  {name} = {shape} parameter({i})" for i, (shape, name) in enumerate(
+        part.split() for part in operands.split(", "))]
+    text = "\n".join([
+        "HloModule m", "", f"ENTRY %main (p: {result}) -> {result} {{", *arguments,
+        f"  ROOT %c = ({result}, u8[0]) custom-call(%a, %b), window={{size=3x3 stride=2x2}}, "
+        f'dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$conv{target}"', "}", "",
+    ])  # fmt: skip
+    assert read(parse(text), ()).flops == 2 * 8 * 28 * 28 * 9 * 16 * 32
+
+
 def test_phases_of_collectives() -> None:
     gathers = [c for c in reading("tpu-v3").collectives if c.kind == "all-gather"]
     phases = sorted(c.phase for c in gathers)
