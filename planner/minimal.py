@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from planner.annotations import Axes, axes_by_name, stacked_dims
+from planner.annotations import Axes, annotated, stacked_dims
 from planner.errors import InputError
 from planner.pins import PinError
 from planner.planning import Options, Unsolved, price_annotations
@@ -28,7 +28,7 @@ Names = tuple[str, ...]
 @dataclass(frozen=True)
 class Minimal:
     """`annotations` are the ones that are left, `result` the plan that they stand for, `full` the
-    one of all `count` annotations of the plan."""
+    one of all `count` annotations of the plan. Like layers count as one and have one."""
 
     annotations: Mapping[str, Axes]
     result: Result
@@ -42,7 +42,7 @@ def minimal(
     """Raises InputError for a pipeline, or if the annotations of the plan stand for no plan."""
     if result.model.pipeline is not None:
         raise InputError("--minimal is not for pipelines", "their stages are programs of their own")
-    annotations = axes_by_name(result)
+    annotations = {a.name: a.axes for a in annotated(result)}
     search = _Search(result, annotations, options or Options(), progress)
     full = search.priced(tuple(annotations))
     if full is None:
@@ -61,7 +61,8 @@ def completed(result: Result, annotations: Mapping[str, Axes]) -> dict[str, Axes
         whole = len(tensors[name].shape) - len(axes)  # stacked dimensions are left out
         given[name] = Spec((*((),) * whole, *axes))
     specs = propagate(graph, given, dict(result.mesh.axes))
-    return {name: specs[name].dims[stacked_dims(tensors[name]) :] for name in axes_by_name(result)}
+    names = [a.name for a in annotated(result)]
+    return {name: specs[name].dims[stacked_dims(tensors[name]) :] for name in names}
 
 
 @dataclass

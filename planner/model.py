@@ -112,7 +112,8 @@ class Model:
     To be trained: the forward graph, whose outputs[0] is the scalar loss. For inference: the
     whole step, whose outputs[0] are the logits; the others are caches, donated ones as aliases.
     `constraints`: tensor name → for every dimension (stacked layer dimensions left out) the
-    mesh axes it is pinned to. `tokens`: what one step processes, for throughput. `uneven`: axes
+    mesh axes it is pinned to. `members`: where layers that are written out have become a loop,
+    tensor of the graph → those of the model file that it stands for. `tokens`: what one step processes, for throughput. `uneven`: axes
     may split dimensions that they do not divide.
     """
 
@@ -125,6 +126,7 @@ class Model:
     shape: Mapping[str, int] | str | None = None
     layout: Mapping[str, Mapping[str, int]] | None = None  # as meshes.logical takes it
     constraints: Mapping[str, tuple[tuple[str, ...], ...]] = field(default_factory=dict)
+    members: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     uneven: bool = False
     assumed: tuple[Assumed, ...] = ()
     published_parameters: float | None = None

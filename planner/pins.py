@@ -17,6 +17,35 @@ from planner.sharding.spec import Sizes, Spec
 Annotation = Mapping[str, Sequence[Sequence[str]]]  # tensor → for every dimension its axes
 
 
+def exact(annotation: Annotation) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """The annotation as values that can be compared."""
+    return {name: tuple(map(tuple, dims)) for name, dims in annotation.items()}
+
+
+def in_loops(
+    annotation: Annotation, members: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[tuple[str, ...], ...]]:
+    """An annotation of layers that are written out as one of the loop that they have become: what
+    is said of one layer is said of all. PinError if it says different things of them."""
+    loop_of = {name: stack for stack, names in members.items() for name in names}
+    found: dict[str, tuple[tuple[str, ...], ...]] = {}
+    for name, dims in exact(annotation).items():
+        stack = _in_loop(name, loop_of)
+        if found.setdefault(stack, dims) != dims:
+            raise PinError(name, f"its layer is planned as one with that of '{stack}', which lies "
+                           "differently")  # fmt: skip
+    return found
+
+
+def _in_loop(name: str, loop_of: Mapping[str, str]) -> str:
+    """The loop's name of a tensor, or of what belongs to one (states, cotangents)."""
+    whole, rest = name, ""
+    while whole and whole not in loop_of:
+        whole, dot, last = whole.rpartition(".")
+        rest = f"{dot}{last}{rest}"
+    return loop_of[whole] + rest if whole else name
+
+
 class PinError(ValueError):
     """An annotation that cannot hold; `tensor` names it."""
 

@@ -25,7 +25,7 @@ from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Inference, Model
-from planner.pins import Annotation, part_copies, pinned_specs
+from planner.pins import Annotation, in_loops, part_copies, pinned_specs
 from planner.plan import Plan, Proof
 from planner.progress import Progress
 from planner.report import amounts
@@ -103,7 +103,8 @@ def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
     Nothing is known of pipelines: 0."""
     if model.pipeline is not None:
         return 0.0
-    planning = Planning(model, mesh, Options(), model.constraints, None)
+    annotation = in_loops(model.constraints, model.members)
+    planning = Planning(model, mesh, Options(), annotation, None)
     return quick_bound(planning.space.problem(None, []))
 
 
@@ -141,7 +142,9 @@ def _planning(
     progress: Progress | None = None, given: bool = False, as_laid: Collection[str] = (),
 ) -> Planning | PipelinePlanning:  # fmt: skip
     """How a model is planned: in stages if its pipeline has several."""
-    options, pipeline, laid = options or Options(), model.pipeline, frozenset(as_laid)
+    options, pipeline = options or Options(), model.pipeline
+    laid = frozenset(in_loops({n: a for n, a in annotation.items() if n in as_laid}, model.members))
+    annotation = in_loops(annotation, model.members)
     if pipeline is None or dict(mesh.axes).get(pipeline.axis) == 1:
         return Planning(model, mesh, options, annotation, progress, given, laid)
     if not pipeline.inside:

@@ -183,7 +183,7 @@ def price_plan(request: Request, stored: PlanFile) -> Planned:
 
     Raises Stale if it was made for another model or mesh.
     """
-    model = request.source.load()
+    model = request.source.load(stored.constraints)
     machine, mesh = _stored_mesh(request, model, stored)
     _check_fresh(stored.file, stored.stamp, model, mesh, request)
     result = _reprice(model, mesh, stored, request.options)
@@ -193,7 +193,7 @@ def price_plan(request: Request, stored: PlanFile) -> Planned:
 def read_plan(stored: PlanFile) -> Planned:
     """A stored plan with the model and mesh that it holds itself."""
     options = Options(stored.memory_bytes, stored.headroom, seed=stored.seed)
-    model = stored.source.load()
+    model = stored.source.load(stored.constraints)
     topology = (
         meshes.resolve(stored.mesh_argument)
         if stored.mesh_text is None
@@ -219,7 +219,7 @@ def plan_or_read(
 
 def price_annotated(request: Request, given: AnnotationFile) -> Planned:
     """Given annotations, completed and priced."""
-    model = request.source.load()
+    model = request.source.load(given.annotations)
     shape = request.shape or (given.stamp.shape_text if given.stamp else None)
     machine = place(model, request.mesh, shape, request.source.folder)
     if machine.shape is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from meshes.yamltree import MAX_CHARACTERS, YamlProblem, decode, read_text
 from planner.errors import InputError, nearest
 from planner.model import Model
+from planner.pins import Annotation
 
 STDIN = "-"
 STDIN_NAME = "<stdin>"
@@ -33,11 +34,12 @@ class Source:
     text: str
     overrides: tuple[str, ...] = ()
 
-    def load(self) -> Model:
-        """Raises ModelErrors."""
+    def load(self, under: Annotation | None = None) -> Model:
+        """The model, to be planned under that annotation instead of its own constraints. Raises
+        ModelErrors."""
         from planner.modelfile import load_model
 
-        return load_model(self.text, self.file, self.overrides)
+        return load_model(self.text, self.file, self.overrides, under)
 
     def with_settings(self, settings: Sequence[str]) -> Source:
         """The model with more keys set, as KEY=VALUE."""

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from planner.annotations import axes_by_name
+from planner.annotations import Axes, axes_by_name
 from planner.errors import InputError, nearest
 from planner.export import annotationfile, jax_annotations, logical_rules, planfile, shardy
 from planner.export.jax_program import jax_program, result_program
 from planner.export.placement import only
 from planner.export.planfile import PlanFile
 from planner.export.stamp import signature
+from planner.minimal import Minimal
 from planner.minimal import minimal as fewest
 from planner.progress import Progress
 from planner.report.document import prediction
@@ -63,6 +64,16 @@ def exporter(form: str) -> Callable[[Planned], str]:
     return FORMATS[form]
 
 
+def _apart(found: Minimal) -> dict[str, Axes]:
+    """What holds for like layers, for each of them."""
+    members = found.result.model.members
+    return {
+        member: axes
+        for name, axes in found.annotations.items()
+        for member in members.get(name, (name,))
+    }
+
+
 def minimal(planned: Planned, form: str, progress: Progress | None = None) -> tuple[str, str]:
     """The fewest annotations that stand for the plan, and a remark about them."""
     if form not in ("json", "jax-program"):
@@ -74,7 +85,7 @@ def minimal(planned: Planned, form: str, progress: Progress | None = None) -> tu
         f"step time {after / before - 1:+.1%} from all of them"
     )
     if form == "json":
-        return annotationfile.dump(planned.stamp, found.annotations), remark
+        return annotationfile.dump(planned.stamp, _apart(found)), remark
     place = only(found.result, found.annotations)
     program = jax_program(found.result.model, found.result.mesh, place)
     return f"# {signature()}\n{program}", remark

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 
 from meshes import LogicalMesh
-from planner.annotations import Annotated, annotated
+from planner.annotations import Annotated, written_out
 from planner.export.stamp import Stamp, signature
 from planner.result import Result
 
@@ -28,7 +28,7 @@ def _code() -> str:
 
 def _data(result: Result) -> str:
     mesh, stamp = result.mesh, Stamp.of(result.model, result.mesh)
-    tensors = annotated(result)
+    tensors = written_out(result)
     return "\n".join(
         [
             f'"""Shardings of {stamp.model} on {mesh.describe()};',

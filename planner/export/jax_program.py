@@ -59,6 +59,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _header(model, mesh),
         _mesh_source(mesh),
         tables.source(),
+        _stacks_source(tables, model.members),
         _saved_source(writer.labels),
         _HELPERS.strip("\n").split("\n"),
         ["def loss_fn(params, batch, mesh=None):",
@@ -197,6 +198,19 @@ def _table(name: str, rows: Mapping[str, str]) -> list[str]:
     return [*lines, "}"]
 
 
+def _stacks_source(tables: _Tables, members: Mapping[str, Sequence[str]]) -> list[str]:
+    """Where layers are written out: between the model file's parameters and the program's."""
+    stacks = {name: members[name] for name in tables.parameters if name in members}
+    if not stacks:
+        return []
+    rows = {name: str(tuple(names)).replace("'", '"') for name, names in stacks.items()}
+    return [
+        "# Like layers run as one loop over stacks that are called like the first layer's tensors.",
+        *_table("STACKS", rows),
+        *_STACKING.rstrip("\n").split("\n"),
+    ]
+
+
 def _saved_source(labels: Sequence[str]) -> list[str]:
     if not labels:
         return []
@@ -212,6 +226,22 @@ def _step_source(training: Training) -> Sequence[str]:
     text = _ONE_STEP if steps == 1 else _ACCUMULATED.replace("STEPS", str(steps))
     return text.strip("\n").split("\n")
 
+
+_STACKING = '''
+
+def stack(params):
+    """Parameters by the names of the model file -> as train_step takes them."""
+    return {
+        name: jnp.stack([params[n] for n in STACKS[name]]) if name in STACKS else params[name]
+        for name in PARAMETERS
+    }
+
+
+def unstack(params):
+    """The way back."""
+    found = {name: p for name, p in params.items() if name not in STACKS}
+    return found | {n: p for name, names in STACKS.items() for n, p in zip(names, params[name])}
+'''
 
 _HELPERS = '''
 def make_mesh(devices=None):

@@ -36,8 +36,8 @@ def shardings(params, mesh, rename=None, default=None):
     """A tree of NamedSharding like `params` (arrays or ShapeDtypeStructs), leaf by leaf.
 
     A leaf is called by its path, joined by dots; layer numbers (`layers.3.w`, `layers_3.w`)
-    and a leading `params` are left out. `rename` (mapping or function) turns such names into
-    the plan's. Layers may be stacked, with their number as leading dimensions, or not.
+    and a leading `params` are left out, unless the plan has a name with them. `rename` (mapping
+    or function) turns such names into the plan's. Layers may be stacked, with their number as leading dimensions, or not.
     Raises ValueError with the unmatched names of both sides, because an unmatched leaf would
     silently lie whole on every device; with `default` (a PartitionSpec) it gets that instead.
     """
@@ -86,18 +86,16 @@ def _parameter_spec(name, shape):
 
 
 def _name(path, rename):
-    words = []
-    for key in path:
-        word = str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-        if not word.isdigit():
-            words.append(word)
-    name = ".".join(words)
-    renamed = rename(name) if callable(rename) else (rename or {}).get(name, name)
-    if renamed in PARAMETERS:
-        return renamed
+    words = [
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path
+    ]
+    name = ".".join(word for word in words if not word.isdigit())
     plain = re.sub(r"_\d+(?=\.|$)", "", name).removeprefix("params.")
-    renamed = rename(plain) if callable(rename) else (rename or {}).get(plain, plain)
-    return renamed if renamed in PARAMETERS else name
+    for called in (name, plain, ".".join(words)):
+        renamed = rename(called) if callable(rename) else (rename or {}).get(called, called)
+        if renamed in PARAMETERS:
+            return renamed
+    return name
 
 
 def _physical_order(devices):

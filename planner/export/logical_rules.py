@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from math import prod
 
-from planner.annotations import Annotated, annotated
+from planner.annotations import Annotated, written_out
 from planner.export.stamp import signature
 from planner.result import Result
 
@@ -30,7 +30,7 @@ MAXTEXT_ACTIVATIONS = {
 
 def flax(result: Result) -> str:
     """Python: RULES for `flax.linen.logical_axis_rules`, and the logical names of every tensor."""
-    tensors = annotated(result)
+    tensors = written_out(result)
     names = _names(tensors)
     rules = {names[label, axes]: axes for label, axes in names}
     lines = [
@@ -83,7 +83,7 @@ def _value(axes: Axes) -> str | Axes | None:
 
 def maxtext(result: Result) -> str:
     """YAML: `mesh_axes` and `logical_axis_rules`."""
-    tensors = annotated(result)
+    tensors = written_out(result)
     weights = [a for a in tensors if a.parameter]
     others = [a for a in tensors if not a.parameter]
     lines = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planner.annotations import Annotated, annotated
+from planner.annotations import Annotated, written_out
 from planner.export.stamp import signature
 from planner.result import Result
 
@@ -15,8 +15,9 @@ def dump(result: Result) -> str:
         f"sdy.mesh @mesh = <[{sizes}]>",
         "// Stacked layer dimensions come first and are whole.",
     ]
-    width = max((len(a.name) for a in annotated(result)), default=0)
-    lines += [f"// {a.name:<{width}}  {attribute(a)}" for a in annotated(result)]
+    tensors = written_out(result)
+    width = max((len(a.name) for a in tensors), default=0)
+    lines += [f"// {a.name:<{width}}  {attribute(a)}" for a in tensors]
     return "\n".join(lines) + "\n"
 
 

@@ -3,7 +3,8 @@
 A run is folded where every layer has the same ops in the same order, wired alike: each reads its
 own layer, its own parameters, the layer before through the same carries, and what all layers
 read. Names in the loop are those of its first layer; `members` holds the names of the others.
-Nothing here knows sharding or files.
+What is asked of single tensors (`pins`) keeps layers apart that it tells apart. Nothing here knows
+sharding or files.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ Slot = tuple[str, Hashable, int]  # where an operand comes from, as its layer se
 
 @dataclass(frozen=True)
 class Folded:
-    """`members`: tensor of the folded graph → the tensors, layer by layer, that it stands for."""
+    """`members`: tensor of the folded graph → the tensors, layer by layer, that it stands for;
+    none for what only the loop has."""
 
     graph: Graph
     members: Mapping[str, tuple[str, ...]]
@@ -43,14 +45,31 @@ class _Run:
         return self.start + self.period * self.times
 
 
-def fold(graph: Graph) -> Folded:
-    """The graph with its runs of like layers as loops; without such runs, as it is."""
-    return _Folder(graph).folded()
+def fold(graph: Graph, pins: Mapping[str, Hashable] | None = None) -> Folded:
+    """The graph with its runs of like layers as loops; without such runs, as it is.
+
+    What is asked of one layer's tensor holds for all of a run. Where that would ask two things of
+    one, only layers are alike that are asked for the same.
+    """
+    folded = _Folder(graph, {}).folded()
+    if pins and _contradict(folded, pins):
+        return _Folder(graph, pins).folded()
+    return folded
+
+
+def _contradict(folded: Folded, pins: Mapping[str, Hashable]) -> bool:
+    """Whether tensors that lie alike, in one stack or one carry, are asked for different things."""
+    members = folded.members
+    loops = [node for node in folded.graph.nodes if isinstance(node, Loop)]
+    carried = [(k.init, *members[k.exit]) for loop in loops for k in loop.carries]
+    alike = (*members.values(), *carried)
+    return any(len({pins[name] for name in names if name in pins}) > 1 for names in alike)
 
 
 class _Folder:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, pins: Mapping[str, Hashable]) -> None:
         self.graph = graph
+        self.pins = pins
         self.nodes = graph.nodes
         self.made = {
             name: (i, k) for i, node in enumerate(self.nodes) for k, name in enumerate(node.outs)
@@ -96,7 +115,7 @@ class _Folder:
     def _kind(self, name: str) -> Hashable:
         t = self.graph.tensors[name]
         named = t.dims if t.role == "parameter" else ()  # carries may come in under other labels
-        return t.shape, t.dtype, t.role == "parameter", named
+        return t.shape, t.dtype, t.role == "parameter", named, self.pins.get(name)
 
     def _periods(self) -> list[int]:
         """Distances at which like ops follow each other; an op's producers tell it from others
@@ -222,7 +241,8 @@ class _Folder:
 
     def _like(self, here: str, there: str) -> bool:
         a, b = self.graph.tensors[here], self.graph.tensors[there]
-        return (a.shape, a.dtype) == (b.shape, b.dtype) and a.role != "parameter"
+        alike = (a.shape, a.dtype, self.pins.get(here)) == (b.shape, b.dtype, self.pins.get(there))
+        return alike and a.role != "parameter"
 
     # ---- the loop --------------------------------------------------------------------------
 
@@ -265,7 +285,11 @@ class _Folder:
             elif slot[0] == "before":
                 key = first, self._made_by(run, 0, slot)
                 if key not in carries:
-                    carries[key] = self._carry(run, slot, first, carries, tensors, body)
+                    carry = self._carry(run, slot, first, carries, tensors, body)
+                    members[carry.entry] = ()
+                    if carry.result not in self.made:
+                        members[carry.result] = ()
+                    carries[key] = carry
                 entries.append(carries[key].entry)
             else:
                 if slot[0] == "shared":

@@ -23,6 +23,7 @@ from meshes import MeshError
 from meshes.yamltree import Listing, Node, Place, Scalar, Table, YamlProblem, parse, read_text
 from planner.graph.builder import GraphError
 from planner.graph.core import Graph
+from planner.graph.fold import Folded, fold
 from planner.model import (
     SEVERAL_CHUNKS,
     STACKED,
@@ -39,6 +40,7 @@ from planner.modelfile.diagnostics import Findings, ModelErrors, from_mesh, from
 from planner.modelfile.language import OpSyntax, parse_statement
 from planner.modelfile.scalars import plain_data, value_of
 from planner.modelfile.sizes import Dims, SizeError, Unknown, evaluate, resolve
+from planner.pins import Annotation, exact
 
 
 def load_file(path: Path, overrides: Sequence[str] = ()) -> Model:
@@ -50,9 +52,12 @@ def load_file(path: Path, overrides: Sequence[str] = ()) -> Model:
     return load_model(text, str(path), overrides)
 
 
-def load_model(text: str, file: str, overrides: Sequence[str] = ()) -> Model:
+def load_model(
+    text: str, file: str, overrides: Sequence[str] = (), under: Annotation | None = None
+) -> Model:
     """The model that `text` describes; `file` is what errors call it. `overrides` are changes
-    such as "training.batch=512". Raises ModelErrors with every error of the text."""
+    such as "training.batch=512", `under` is what it is planned under if not its own constraints.
+    Raises ModelErrors with every error of the text."""
     try:
         document = parse(text, file)
     except YamlProblem as problem:
@@ -66,7 +71,7 @@ def load_model(text: str, file: str, overrides: Sequence[str] = ()) -> Model:
         raise ModelErrors(findings.diagnostics)
     changed = overriding.apply(root, overrides, findings)
     gone = overriding.settle(root, changed)
-    model = _Loader(root, file, findings, changed, gone).model()
+    model = _Loader(root, file, findings, changed, gone).model(under)
     if model is None or findings.diagnostics:
         raise ModelErrors(findings.diagnostics)
     return model
@@ -86,7 +91,7 @@ class _Loader:
     sequence: int | None = None
     shape: Mapping[str, int] | None = None
 
-    def model(self) -> Model | None:
+    def model(self, under: Annotation | None) -> Model | None:
         self.data = validate.validate_file(self.root, self.findings)
         self._required()
         self.dims = self._dims({})
@@ -101,9 +106,12 @@ class _Loader:
         if self.findings.diagnostics or graph is None or workload is None:
             return None
         shape = mesh.shape if mesh else None
+        folded = Folded(graph, {})
+        if settings is None:  # the layers of architectures are loops already
+            folded = fold(graph, exact(constraints if under is None else under))
         return Model(
             name=self.data.get("name") or _stem(self.file),
-            graph=graph,
+            graph=folded.graph,
             workload=workload,
             tokens=self._tokens(graph, settings, workload),
             pipeline=pipeline,
@@ -111,6 +119,7 @@ class _Loader:
             shape=shape,
             layout=mesh.layout if mesh else None,
             constraints=constraints,
+            members=folded.members,
             uneven=self.uneven,
             assumed=assumed,
             published_parameters=self.data.get("published_parameters"),

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from planner.annotations import Annotated, annotated
+from planner.annotations import Annotated, written_out
 from planner.report import amounts
 from planner.report.tables import table
 from planner.report.text import axes_text
@@ -55,8 +55,8 @@ def _figures(before: Result, after: Result) -> Table:
 
 
 def _shardings(before: Result, after: Result) -> Iterator[tuple[str, str, str]]:
-    old = {a.name: a for a in annotated(before)}
-    new = {a.name: a for a in annotated(after)}
+    old = {a.name: a for a in written_out(before)}
+    new = {a.name: a for a in written_out(after)}
     for name in dict.fromkeys((*old, *new)):
         left, right = _lies(old.get(name)), _lies(new.get(name))
         if left != right:

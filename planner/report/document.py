@@ -13,7 +13,8 @@ from typing import Any
 from costmodels.summary import collectives
 from planner.annotations import as_lists, axes_by_name
 from planner.export.jsontext import finite
-from planner.model import Inference, Remat
+from planner.graph.core import Loop
+from planner.model import Inference, Model, Remat
 from planner.report.padding import padding_notes
 from planner.request import Planned
 from planner.result import Result
@@ -91,7 +92,7 @@ def notes(planned: Planned) -> tuple[str, ...]:
             f"no mesh shape was given: this is the best of {max(1, len(planned.shapes))} automatic "
             "ones; --shape auto tries all"
         )
-    found += padding_notes(result)
+    found += [*_loops(result.model), *padding_notes(result)]
     if result.step_time_range_s is None:
         found.append("step time: no run on this chip has been compared with its prediction")
     published = result.model.published_parameters
@@ -99,6 +100,18 @@ def notes(planned: Planned) -> tuple[str, ...]:
         off = result.graph.parameter_count / published - 1
         found.append(f"parameters: {off:+.1%} from the published {published / 1e9:g}e9")
     return tuple(found)
+
+
+def _loops(model: Model) -> Iterator[str]:
+    """What has become of layers that are written out."""
+    for node in model.graph.nodes:
+        stacks = [s.outer for s in node.reads] if isinstance(node, Loop) else []
+        if isinstance(node, Loop) and stacks and stacks[0] in model.members:
+            more = ", …" if len(stacks) > 1 else ""
+            yield (
+                f"{node.times} like layers are planned as one: figures are given under the names "
+                f"of the first ({stacks[0]}{more})"
+            )
 
 
 def _mesh(result: Result) -> dict[str, Any]:

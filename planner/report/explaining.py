@@ -32,11 +32,20 @@ def explain(planned: Planned, name: str | None) -> RenderableType:
         return Group(Text(result.mesh.describe()), _costliest(result), Text(), _moves(
             collectives(result.program, result.mesh)[:TOP]))  # fmt: skip
     tensors, ops = result.graph.all_tensors(), {op.name: op for op, _ in result.graph.walk()}
+    name, layers = _in_loop(result, name)
     if name not in tensors and name not in ops:
         near = nearest(name, {**tensors, **ops})
         hint = f"did you mean {' or '.join(near)}?" if near else "`plan explain PLAN` lists ops"
         raise InputError(f"the plan has no tensor or op {name!r}", hint)
-    return Group(*_about(result, name, ops))
+    return Group(*_about(result, name, ops), *layers)
+
+
+def _in_loop(result: Result, name: str) -> tuple[str, list[Text]]:
+    """The tensor that stands for it where layers are written out, and a word about that."""
+    for stack, names in result.model.members.items():
+        if name in names:
+            return stack, [Text(f"{names[0]} … {names[-1]} are planned as one, called {stack}")]
+    return name, []
 
 
 def _about(result: Result, name: str, ops: dict[str, Op]) -> Iterator[RenderableType]:

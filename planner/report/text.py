@@ -201,7 +201,7 @@ def _sharding_table(title: str, tensors: Sequence[Annotated]) -> Table:
     for a in tensors:
         stacked = f"{'×'.join(map(str, a.stacked))} × " if a.stacked else ""
         shape = ", ".join(f"{d} {n}" for d, n in zip(a.dims, a.shape, strict=True))
-        found.add_row(Text(a.name), Text(axes_text(a)), Text(f"{stacked}[{shape}]"))
+        found.add_row(Text(a.title), Text(axes_text(a)), Text(f"{stacked}[{shape}]"))
     return found
 
 

@@ -13,6 +13,7 @@ from planner.graph.core import Op
 from planner.graph.derive import training_step
 from planner.graph.saving import chain
 from planner.model import AUTO, FIXED_POLICIES, Model, Remat, Training
+from planner.pins import in_loops
 from planner.search.candidates import Trial
 from planner.sharding.choices import Choice
 from planner.sharding.formulate import choice_seconds
@@ -20,7 +21,7 @@ from planner.sharding.formulate import choice_seconds
 
 def candidates(model: Model, mesh: LogicalMesh) -> list[Trial]:
     """The fixed policies and the chain on `mesh`; those that save the same only once."""
-    keep = tuple(model.constraints)
+    keep = tuple(in_loops(model.constraints, model.members))
     tensors = training_step(model, keep).all_tensors()
 
     def seconds(op: Op) -> float:
