@@ -113,8 +113,8 @@ class Model:
     whole step, whose outputs[0] are the logits; the others are caches, donated ones as aliases.
     `constraints`: tensor name → for every dimension (stacked layer dimensions left out) the
     mesh axes it is pinned to. `members`: where layers that are written out have become a loop,
-    tensor of the graph → those of the model file that it stands for. `tokens`: what one step processes, for throughput. `uneven`: axes
-    may split dimensions that they do not divide.
+    tensor of the graph → those of the model file that it stands for. `tokens`: what one step
+    processes, for throughput. `uneven`: axes may split dimensions that they do not divide.
     """
 
     name: str

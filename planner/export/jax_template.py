@@ -37,7 +37,8 @@ def shardings(params, mesh, rename=None, default=None):
 
     A leaf is called by its path, joined by dots; layer numbers (`layers.3.w`, `layers_3.w`)
     and a leading `params` are left out, unless the plan has a name with them. `rename` (mapping
-    or function) turns such names into the plan's. Layers may be stacked, with their number as leading dimensions, or not.
+    or function) turns such names into the plan's. Layers may be stacked, with their number as
+    leading dimensions, or not.
     Raises ValueError with the unmatched names of both sides, because an unmatched leaf would
     silently lie whole on every device; with `default` (a PartitionSpec) it gets that instead.
     """

@@ -61,7 +61,7 @@ def _contradict(folded: Folded, pins: Mapping[str, Hashable]) -> bool:
     """Whether tensors that lie alike, in one stack or one carry, are asked for different things."""
     members = folded.members
     loops = [node for node in folded.graph.nodes if isinstance(node, Loop)]
-    carried = [(k.init, *members[k.exit]) for loop in loops for k in loop.carries]
+    carried = [(k.init, *members.get(k.exit, ())) for loop in loops for k in loop.carries]
     alike = (*members.values(), *carried)
     return any(len({pins[name] for name in names if name in pins}) > 1 for names in alike)
 

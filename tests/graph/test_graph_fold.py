@@ -199,8 +199,43 @@ def test_folding_128_layers_takes_no_time() -> None:
     taken = []
     for times in (128, 512):
         graph = written_out(body, times)
-        start = time.process_time()
         (loop,) = loops(fold(graph).graph)
-        taken.append(time.process_time() - start)
         assert loop.times == times
+        taken.append(min(_seconds(graph) for _ in range(3)))  # others' garbage is collected too
     assert taken[1] < 10 * max(taken[0], 0.01)
+
+
+def _seconds(graph: Graph) -> float:
+    start = time.process_time()
+    fold(graph)
+    return time.process_time() - start
+
+
+PINNED = {"one": {"l2.wi": "a"}, "all alike": {f"l{i}.wi": "a" for i in range(6)}}
+
+
+@pytest.mark.parametrize("pins", PINNED.values(), ids=PINNED)
+def test_what_is_asked_of_one_layer_holds_for_all(pins: dict[str, str]) -> None:
+    assert [loop.times for loop in loops(fold(chain("aaaaaa"), pins).graph)] == [6]
+
+
+CONTRADICTIONS = {
+    "of a parameter": {"l0.wi": "a", "l3.wi": "b", "l1.wi": "a", "l2.wi": "a"},
+    "of a value": {f"l{i}.h": "a" if i < 3 else "b" for i in range(6)},
+    "of what is carried": {f"l{i}.out": "a" if i < 3 else "b" for i in range(6)},
+    "of what enters": {"start": "a", "l3.out": "b"},
+}
+
+
+@pytest.mark.parametrize("pins", CONTRADICTIONS.values(), ids=CONTRADICTIONS)
+def test_layers_asked_for_different_things_are_no_loop(pins: dict[str, str]) -> None:
+    graph = chain("aaaaaa")
+    folded = fold(graph, pins)
+    found = loops(folded.graph)
+    assert all(loop.times < 6 for loop in found)
+    for names in folded.members.values():
+        assert len({pins[name] for name in names if name in pins}) < 2
+    for carry in (carry for loop in found for carry in loop.carries):
+        lying_alike = (carry.init, *folded.members[carry.exit])
+        assert len({pins[name] for name in lying_alike if name in pins}) < 2
+    assert_same_loss(graph, folded)
