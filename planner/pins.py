@@ -2,17 +2,29 @@
 
 Like JAX's `with_sharding_constraint`, an annotation of an activation holds for its cotangent
 and for its recomputation too; that of a parameter holds for where it is stored, not for the
-copies that are read.
+copies that are read. A plan's own annotation is of the named tensors alone: the plan was free to
+lay cotangents and recomputations otherwise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import Enum
 
 from planner.graph.core import ARGUMENTS, Graph, Loop
 from planner.graph.derive import AGAIN
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
+
+
+class Meaning(Enum):
+    """What an annotation is about: what plans may not do (constraints), how a program runs that
+    somebody wrote, or one plan, tensor by tensor."""
+
+    CONSTRAINTS = "constraints"
+    PROGRAM = "program"
+    PLAN = "plan"
+
 
 Annotation = Mapping[str, Sequence[Sequence[str]]]  # tensor → for every dimension its axes
 
@@ -59,8 +71,9 @@ class PinError(ValueError):
 
 
 def pinned_specs(
-    graph: Graph, annotation: Annotation, sizes: Sizes, uneven: bool = False
-) -> dict[str, Spec]:
+    graph: Graph, annotation: Annotation, sizes: Sizes, uneven: bool = False,
+    meaning: Meaning = Meaning.CONSTRAINTS,
+) -> dict[str, Spec]:  # fmt: skip
     """Spec of every tensor of the training step that the annotation decides.
 
     Annotations leave stacked dimensions out, which stay whole; others than parameters may have
@@ -82,7 +95,7 @@ def pinned_specs(
         left_out: list[tuple[str, ...]] = [()] * (len(tensor.shape) - len(dims))
         spec = Spec((*left_out, *(tuple(a for a in d if sizes[a] > 1) for d in spec.dims)))
         pins[name] = spec
-        if tensor.role == "parameter":
+        if tensor.role == "parameter" or meaning is Meaning.PLAN:
             continue
         for other in (name + AGAIN, graph.cotangents.get(name)):
             if other in tensors and tensors[other].shape == tensor.shape:

@@ -25,7 +25,7 @@ from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Inference, Model
-from planner.pins import Annotation, in_loops, part_copies, pinned_specs
+from planner.pins import Annotation, Meaning, in_loops, part_copies, pinned_specs
 from planner.plan import Plan, Proof
 from planner.progress import Progress
 from planner.report import amounts
@@ -110,7 +110,7 @@ def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
 
 def price_annotations(
     model: Model, mesh: LogicalMesh, annotation: Annotation, options: Options | None = None,
-    as_laid: Collection[str] = (),
+    as_laid: Collection[str] = (), meaning: Meaning = Meaning.PROGRAM,
 ) -> Result:  # fmt: skip
     """A given annotation, completed at least cost and priced: nothing is required to fit.
 
@@ -120,7 +120,7 @@ def price_annotations(
     programs written by hand do. Raises PinError, and Unsatisfiable if no op can read them so.
     """
     options = replace(options or Options(), least_memory=False)
-    planning = _planning(model, mesh, options, annotation, given=True, as_laid=as_laid)
+    planning = _planning(model, mesh, options, annotation, meaning=meaning, as_laid=as_laid)
     return planning.completed()
 
 
@@ -139,21 +139,22 @@ def reprice(
 
 def _planning(
     model: Model, mesh: LogicalMesh, options: Options | None, annotation: Annotation,
-    progress: Progress | None = None, given: bool = False, as_laid: Collection[str] = (),
+    progress: Progress | None = None, meaning: Meaning = Meaning.CONSTRAINTS,
+    as_laid: Collection[str] = (),
 ) -> Planning | PipelinePlanning:  # fmt: skip
     """How a model is planned: in stages if its pipeline has several."""
     options, pipeline = options or Options(), model.pipeline
     laid = frozenset(in_loops({n: a for n, a in annotation.items() if n in as_laid}, model.members))
     annotation = in_loops(annotation, model.members)
     if pipeline is None or dict(mesh.axes).get(pipeline.axis) == 1:
-        return Planning(model, mesh, options, annotation, progress, given, laid)
+        return Planning(model, mesh, options, annotation, progress, meaning, laid)
     if not pipeline.inside:
         from planner.pipelining.stacked_planning import StackedPlanning  # a kind of Planning
 
-        return StackedPlanning(model, mesh, options, annotation, progress, given, laid)
+        return StackedPlanning(model, mesh, options, annotation, progress, meaning, laid)
     from planner.pipelining.planning import PipelinePlanning  # it plans stages with Planning
 
-    return PipelinePlanning(model, mesh, options, annotation, progress, given, laid)
+    return PipelinePlanning(model, mesh, options, annotation, progress, meaning, laid)
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ class Planning:
     options: Options
     annotation: Annotation
     progress: Progress | None
-    given: bool = False  # the annotation says how the step runs, not what it may not do
+    meaning: Meaning = Meaning.CONSTRAINTS
     as_laid: frozenset[str] = frozenset()  # annotated tensors that are read as they lie
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
@@ -199,10 +200,13 @@ class Planning:
 
     def pins(self) -> dict[str, Spec]:
         pins = self.specs_of(self.annotation)
-        return {**pins, **part_copies(self.graph, pins)} if self.given else pins
+        if self.meaning is not Meaning.PROGRAM:
+            return pins
+        return {**pins, **part_copies(self.graph, pins)}
 
     def specs_of(self, annotation: Annotation) -> dict[str, Spec]:
-        return pinned_specs(self.graph, annotation, dict(self.mesh.axes), self.model.uneven)
+        sizes = dict(self.mesh.axes)
+        return pinned_specs(self.graph, annotation, sizes, self.model.uneven, self.meaning)
 
     def say(self, text: str) -> None:
         if self.progress is not None:

@@ -228,7 +228,9 @@ def price_annotated(request: Request, given: AnnotationFile) -> Planned:
     if given.stamp is not None:
         _check_fresh(given.file, given.stamp, model, mesh, request)
     try:
-        result = price_annotations(model, mesh, given.annotations, request.options)
+        result = price_annotations(
+            model, mesh, given.annotations, request.options, meaning=given.meaning
+        )
     except PinError as error:
         raise InputError(f"{given.file}: {error}") from None
     return Planned(request.source, machine, result, request.options, given.annotations)

@@ -1,6 +1,7 @@
 """annotations.json: written with the stamp of what was planned, read with or without one.
 
-A hand-written file may be just `{"tensor": [["x"], []]}`; then nothing can be stale.
+A hand-written file may be just `{"tensor": [["x"], []]}`; then nothing can be stale. `of` says
+whether it has a plan's tensors, as they lie, or what a program asks of the compiler.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from planner.annotations import Axes, as_lists
 from planner.errors import InputError
 from planner.export.jsontext import checked, pretty, read_json, read_text
 from planner.export.stamp import Stamp, signature
+from planner.pins import Meaning
 
 FORMAT = "shardplan-annotations"
 
@@ -47,13 +49,15 @@ class AnnotationFile:
     file: str
     annotations: Mapping[str, Axes]
     stamp: Stamp | None = None
+    meaning: Meaning = Meaning.PROGRAM
 
 
-def dump(stamp: Stamp, annotations: Mapping[str, Axes]) -> str:
+def dump(stamp: Stamp, annotations: Mapping[str, Axes], meaning: Meaning = Meaning.PLAN) -> str:
     return pretty(
         {
             "format": FORMAT, "schema_version": 1, "generator": signature(),
             "made_for": StampDocument.of(stamp).model_dump(),
+            "of": meaning.value,
             "annotations": as_lists(annotations),
         }
     )  # fmt: skip
@@ -72,7 +76,15 @@ def load(path: Path) -> AnnotationFile:
         return AnnotationFile(str(path), _annotations(value, str(path)))
     made_for = checked(StampDocument, value.get("made_for"), f"{path}: made_for")
     annotations = _annotations(value.get("annotations"), str(path))
-    return AnnotationFile(str(path), annotations, made_for.stamp())
+    return AnnotationFile(str(path), annotations, made_for.stamp(), _meaning(value, str(path)))
+
+
+def _meaning(value: Mapping[str, Any], file: str) -> Meaning:
+    known = {m.value: m for m in (Meaning.PLAN, Meaning.PROGRAM)}
+    given = value.get("of", Meaning.PROGRAM.value)
+    if given not in known:
+        raise InputError(f"{file}: of: {' or '.join(known)}, not {given!r}")
+    return known[given]
 
 
 def _annotations(value: Any, file: str) -> dict[str, Axes]:

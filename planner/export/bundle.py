@@ -16,6 +16,7 @@ from planner.export.planfile import PlanFile
 from planner.export.stamp import signature
 from planner.minimal import Minimal
 from planner.minimal import minimal as fewest
+from planner.pins import Meaning
 from planner.progress import Progress
 from planner.report.document import prediction
 from planner.request import Planned
@@ -85,7 +86,7 @@ def minimal(planned: Planned, form: str, progress: Progress | None = None) -> tu
         f"step time {after / before - 1:+.1%} from all of them"
     )
     if form == "json":
-        return annotationfile.dump(planned.stamp, _apart(found)), remark
+        return annotationfile.dump(planned.stamp, _apart(found), Meaning.PROGRAM), remark
     place = only(found.result, found.annotations)
     program = jax_program(found.result.model, found.result.mesh, place)
     return f"# {signature()}\n{program}", remark

@@ -22,7 +22,7 @@ from planner.graph.fuse import fuse_graph
 from planner.ilp.clock import Clock
 from planner.lowering.lower import resolve_specs
 from planner.model import Model, Pipeline
-from planner.pins import Annotation, pinned_specs
+from planner.pins import Annotation, Meaning, pinned_specs
 from planner.pipelining.cuts import stage_starts
 from planner.pipelining.pieces import Piece, PipelineError, cut
 from planner.pipelining.stage_planning import Crossing, StagePlanning
@@ -45,7 +45,7 @@ class PipelinePlanning:
     options: Options
     annotation: Annotation
     progress: Progress | None
-    given: bool = False
+    meaning: Meaning = Meaning.CONSTRAINTS
     as_laid: frozenset[str] = frozenset()
     graph: Graph = field(init=False)  # the whole step, as if on one device
     clock: Clock = field(init=False)
@@ -174,7 +174,7 @@ class PipelinePlanning:
             name: self.annotation[key] for name, key in local.items() if key in self.annotation
         }
         stage = StagePlanning(
-            self.model, self.inner, self.options, annotation, self.progress, self.given,
+            self.model, self.inner, self.options, annotation, self.progress, self.meaning,
             self.as_laid, piece=piece, whole=self.mesh, axis=self.pipeline.axis, crossing=settled,
             copies=copies, chunks=self.pipeline.interleave, settling=settling,
         )  # fmt: skip
