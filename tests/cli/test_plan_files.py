@@ -188,6 +188,18 @@ def test_wrong_annotations_are_2(tmp_path, capsys, pins, said):
     assert said in ran.err
 
 
+def test_a_file_says_whether_a_plan_or_a_program_lies_so(planned, tmp_path, capsys):
+    document = json.loads((planned / "annotations.json").read_text(encoding="utf-8"))
+    assert document["of"] == "plan"
+    few = json.loads(plan(capsys, "export", planned, "--format", "json", "--minimal").out)
+    assert few["of"] == "program"
+    path = tmp_path / "annotations.json"
+    path.write_text(json.dumps({**document, "of": "plam"}), encoding="utf-8")
+    ran = plan(capsys, "simulate", TINY, "--annotations", path)
+    assert ran.code == 2
+    assert "plan or program" in ran.err
+
+
 def test_a_trace_covers_the_step(planned, tmp_path, capsys):
     trace = tmp_path / "trace.json"
     assert plan(capsys, "simulate", TINY, "--plan", planned, "--trace", trace).code == 0

@@ -7,9 +7,13 @@ import pytest
 import meshes
 from costmodels.compute import stream_seconds
 from costmodels.summary import collectives
+from planner.annotations import axes_by_name
 from planner.modelfile import load_model
+from planner.pins import Meaning
 from planner.planning import price_annotations
+from planner.request import Request, plan
 from planner.sharding.formulate import Unsatisfiable
+from planner.source import find
 
 DATA, MODEL = ("data",), ("model",)
 TEXT = """
@@ -79,3 +83,18 @@ def test_a_layout_that_no_op_can_read() -> None:
     impossible = {"z": (DATA, ()), "y": ((), DATA)}
     with pytest.raises(Unsatisfiable, match="cannot read its operands"):
         price_annotations(load_model(TEXT, "mlp"), mesh(8, 1), impossible, as_laid=impossible)
+
+
+@pytest.mark.parametrize("name", ["lamda-137b", "bert-480b", "gshard-m4", "unet-2d"])
+def test_annotations_of_a_plan_stand_for_that_plan(name: str) -> None:
+    """Read as what a program asks for, they bind gradients too, which can only be slower."""
+    planned = plan(Request(find(name))).result
+    annotation = axes_by_name(planned)
+    model, on = planned.model, planned.mesh
+    again = price_annotations(model, on, annotation, meaning=Meaning.PLAN)
+    assert again.timing.step_time_s == pytest.approx(planned.timing.step_time_s, rel=1e-3)
+    assert axes_by_name(again) == annotation
+    bound = price_annotations(model, on, annotation)
+    assert bound.timing.step_time_s >= again.timing.step_time_s * (1 - 1e-3)
+    if name == "lamda-137b":  # gradients of layer inputs lie elsewhere in the plan
+        assert bound.timing.step_time_s > again.timing.step_time_s * 1.02
