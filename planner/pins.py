@@ -8,7 +8,7 @@ lay cotangents and recomputations otherwise.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 from planner.graph.core import ARGUMENTS, Graph, Loop
@@ -39,18 +39,23 @@ def in_loops(
 ) -> dict[str, tuple[tuple[str, ...], ...]]:
     """An annotation of layers that are written out as one of the loop that they have become: what
     is said of one layer is said of all. PinError if it says different things of them."""
-    loop_of = {name: stack for stack, names in members.items() for name in names}
+    stacks = in_loop(annotation, members)
     found: dict[str, tuple[tuple[str, ...], ...]] = {}
     for name, dims in exact(annotation).items():
-        stack = _in_loop(name, loop_of)
+        stack = stacks[name]
         if found.setdefault(stack, dims) != dims:
             raise PinError(name, f"its layer is planned as one with that of '{stack}', which lies "
                            "differently")  # fmt: skip
     return found
 
 
-def _in_loop(name: str, loop_of: Mapping[str, str]) -> str:
-    """The loop's name of a tensor, or of what belongs to one (states, cotangents)."""
+def in_loop(names: Iterable[str], members: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """The loop's names of tensors, or of what belongs to them (states, cotangents)."""
+    loop_of = {name: stack for stack, names in members.items() for name in names}
+    return {name: _stack(name, loop_of) for name in names}
+
+
+def _stack(name: str, loop_of: Mapping[str, str]) -> str:
     whole, rest = name, ""
     while whole and whole not in loop_of:
         whole, dot, last = whole.rpartition(".")

@@ -25,7 +25,15 @@ from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Inference, Model
-from planner.pins import Annotation, Meaning, in_loops, part_copies, pinned_specs
+from planner.pins import (
+    Annotation,
+    Meaning,
+    PinError,
+    in_loop,
+    in_loops,
+    part_copies,
+    pinned_specs,
+)
 from planner.plan import Plan, Proof
 from planner.progress import Progress
 from planner.report import amounts
@@ -142,10 +150,24 @@ def _planning(
     progress: Progress | None = None, meaning: Meaning = Meaning.CONSTRAINTS,
     as_laid: Collection[str] = (),
 ) -> Planning | PipelinePlanning:  # fmt: skip
-    """How a model is planned: in stages if its pipeline has several."""
-    options, pipeline = options or Options(), model.pipeline
-    laid = frozenset(in_loops({n: a for n, a in annotation.items() if n in as_laid}, model.members))
-    annotation = in_loops(annotation, model.members)
+    """How a model is planned, under an annotation in the names of its file."""
+    laid = in_loops({n: a for n, a in annotation.items() if n in as_laid}, model.members)
+    asked = in_loops(annotation, model.members)
+    try:
+        return _planning_of(
+            model, mesh, options or Options(), asked, progress, meaning, frozenset(laid)
+        )
+    except PinError as error:
+        names = {stack: name for name, stack in in_loop(annotation, model.members).items()}
+        raise PinError(names.get(error.tensor, error.tensor), error.message) from None
+
+
+def _planning_of(
+    model: Model, mesh: LogicalMesh, options: Options, annotation: Annotation,
+    progress: Progress | None, meaning: Meaning, laid: frozenset[str],
+) -> Planning | PipelinePlanning:  # fmt: skip
+    """In stages if the model's pipeline has several."""
+    pipeline = model.pipeline
     if pipeline is None or dict(mesh.axes).get(pipeline.axis) == 1:
         return Planning(model, mesh, options, annotation, progress, meaning, laid)
     if not pipeline.inside:
@@ -292,7 +314,7 @@ class Planning:
         objective = plan.proof.objective_s
         bound, gap = inf, inf  # unknown
         if not cut:
-            bound = least_compute(self.flow, self.mesh)
+            bound = least_compute(self.flow, self.mesh, self.clock)
             gap = (objective - bound) / objective
         seconds = sum(p.proof.seconds for _, p in found)
         proof = Proof("time_limit" if cut else "heuristic", objective, bound, gap, seconds)

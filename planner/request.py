@@ -19,6 +19,7 @@ from planner.export import planfile
 from planner.export.annotationfile import AnnotationFile
 from planner.export.planfile import PlanFile
 from planner.export.stamp import Stale, Stamp
+from planner.ilp.clock import Clock
 from planner.model import Model
 from planner.pins import Annotation, PinError
 from planner.placing import Machine, place
@@ -151,26 +152,30 @@ def _plan_one(
 
 
 def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
-    """Plans both ends of the range of every assumed parameter, on the mesh of `planned`.
+    """Plans both ends of the range of every assumed parameter, on the mesh of `planned`. A limit
+    on the time of planning holds once more, for all of them together.
 
     Nothing where `planned` does not fit: then utilization is not the question.
     """
     if not planned.result.fits:
         return []
-    shape = planned.stamp.shape_text
+    request = replace(request, source=planned.source, shape=planned.stamp.shape_text)
+    clock = Clock.of(request.options.time_limit_s)
     found = []
     for assumed in planned.result.model.assumed:
         low, high = (
-            _hfu_with(replace(request, source=planned.source, shape=shape), f"{assumed.key}={end}")
-            for end in (assumed.low, assumed.high)
+            _hfu_with(request, f"{assumed.key}={end}", clock) for end in (assumed.low, assumed.high)
         )
+        if clock.over():  # what has no plan may have one
+            break
         found.append(Sensitivity(assumed.key, low, high))
     return found
 
 
-def _hfu_with(request: Request, override: str) -> float | None:
+def _hfu_with(request: Request, override: str, clock: Clock) -> float | None:
     source = request.source.with_settings([override])
-    options = replace(request.options, least_memory=False)
+    limit_s = clock.left() if clock.limited else None
+    options = replace(request.options, least_memory=False, time_limit_s=limit_s)
     try:
         planned = plan(replace(request, source=source, options=options))
     except (ValueError, Unsolved):  # an end of the range may be no model, or have no plan

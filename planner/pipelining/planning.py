@@ -154,7 +154,7 @@ class PipelinePlanning:
         if found.status == "given" or self.unfit:
             return replace(found, seconds=seconds)
         stage = self.stage(kinds.largest(heaviest), {})
-        bound = least_compute(stage.flow, self.inner)
+        bound = least_compute(stage.flow, self.inner, self.clock)
         gap = 1 - bound / found.objective_s
         return Proof("heuristic", found.objective_s, bound, gap, seconds)
 
