@@ -59,12 +59,14 @@ class Group:
     """The devices that differ only along some axes: `size` of them on `levels`.
 
     `levels` run from the outermost dimension to the innermost; dimensions along which the
-    group has one member are left out. `start_s` is paid once by every collective.
+    group has one member are left out. `start_s` is paid once by every collective. `whole`: the
+    group has all devices of each dimension that it reaches, and of each of its chips.
     """
 
     size: int
     levels: tuple[Level, ...]
     start_s: float
+    whole: bool
 
     def of_kind(self, *kinds: str) -> tuple[Level, ...]:
         return tuple(level for level in self.levels if level.kind in kinds)
@@ -76,12 +78,14 @@ def build_group(
     """Group of `axes` for devices laid out as `parts` say."""
     sharing = _cores_outside(links, parts, axes)
     levels = []
+    whole = sharing == 1
     for i, dim in enumerate(links):
         here = [p for p in parts if p.dim == i]
         inside = [p for p in here if p.axis in axes]
         if prod(p.size for p in inside) > 1:
             levels.append(_level(dim, here, inside, sharing))
-    return Group(prod(level.size for level in levels), tuple(levels), start_s)
+            whole = whole and levels[-1].size == dim.size
+    return Group(prod(level.size for level in levels), tuple(levels), start_s, whole)
 
 
 def _cores_outside(links: Sequence[Dimension], parts: Sequence[Part], axes: frozenset[str]) -> int:

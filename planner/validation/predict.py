@@ -46,7 +46,7 @@ def simulate_run(run: Run) -> Result:
     model = load(run)
     if model.mesh is None or not isinstance(model.shape, dict):
         raise InputError(f"{run.id}: its model needs a mesh with a shape")
-    topology = _topology(model.mesh, run.eager, run.blocking, run.network_bytes_per_s)
+    topology = _topology(model.mesh, run.eager, run.overlap, run.network_bytes_per_s)
     mesh = meshes.logical(topology, dict(model.shape), model.layout)
     if run.layout is None:
         return _planned(model, mesh)
@@ -104,7 +104,7 @@ def load(run: Run) -> Model:
 
 @lru_cache(maxsize=64)
 def _topology(
-    name: str, eager: bool, blocking: bool, network_bytes_per_s: float | None
+    name: str, eager: bool, overlap: frozenset[str] | None, network_bytes_per_s: float | None
 ) -> Topology:
     """The machine, as the software of the run used it."""
     topology = meshes.resolve(name)
@@ -117,6 +117,6 @@ def _topology(
     chip = topology.chip
     if eager:
         chip = replace(chip, dispatch_s=efficiency(chip.efficiency).eager_dispatch_s)
-    if blocking:
-        chip = replace(chip, overlap=frozenset())
+    if overlap is not None:
+        chip = replace(chip, overlap=overlap)
     return replace(topology, chip=chip)

@@ -72,7 +72,7 @@ def test_a_run_is_simulated_with_the_software_it_had() -> None:
 
     plain = seconds("")
     assert seconds("    eager: true\n") > plain
-    assert seconds("    blocking: true\n") > plain
+    assert seconds("    overlap: []\n") > plain
     assert seconds("    network_bytes_per_s: 1e9\n") > plain
 
 
@@ -83,6 +83,7 @@ def test_a_run_is_simulated_with_the_software_it_had() -> None:
         ("layout: data", "layout: published", "only models of the zoo"),
         ("step_time_s: 1e-3", "step_time_s: -1", r"runs.0.measured.step_time_s"),
         ("source: nobody", "sauce: nobody", r"runs.0.s"),
+        ("layout: data", "layout: data\n    overlap: [gathers]", r"runs.0.overlap.0"),
         ("id: one", "id: [", "mine.yaml:"),
     ],
 )
