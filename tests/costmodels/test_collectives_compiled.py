@@ -45,8 +45,9 @@ for axes in (("a", "b"), ("a", "inner"), ("a", "b", "outer", "inner")):
         text = jax.jit(call).lower(jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=lies))
         text = text.compile().as_text()
         colors = re.findall(r"Strategy\\w*\\{colors:(\\d+) phases:(\\d+)", text)
+        emitters = r'"emitter":"(1DAllGather|SingleInputAllReduceScatter|Rotated)'
         found[f"{kind} {' '.join(axes)}"] = [
-            sorted(set(re.findall(r'"emitter":"(1DAllGather|SingleInputAllReduceScatter|Rotated)', text))),
+            sorted(set(re.findall(emitters, text))),
             max((int(p) for _, p in colors), default=1),
         ]
 print(json.dumps(found))

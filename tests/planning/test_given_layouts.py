@@ -64,7 +64,7 @@ training: {batch: 32, optimizer: adam, compute: bf16}
 architecture: {kind: encoder, layers: 2, d_model: 1024, heads: 8, sequence: 128, vocab: 512}
 """
     model, on = load_model(text, "stack"), mesh(8, 1)
-    weights = {n: ((), DATA) for n in ("layers.w_in", "layers.w_out")}
+    weights = {"layers.w_in": ((), DATA), "layers.w_out": ((), DATA)}
     copies = {"layers.w_in.cast": ((), ()), "layers.w_out.cast": ((), ())}
     batch = {"layers.x": (DATA, (), ()), "layers.in": (DATA, (), ())}
     given = price_annotations(model, on, {**weights, **copies, **batch})
