@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from meshes.topology import Dimension
+from meshes.topology import Curve, Dimension
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,8 @@ def _level(dim: Dimension, here: list[Part], inside: list[Part], sharing: int) -
     if dim.kind in ("ring", "line"):
         return _torus_level(dim, here, inside, size, sharing)
     if dim.kind == "switch":
-        latency, bandwidth = interpolate(dim.curve, size)
+        curve = dim.curve if _neighbours(inside) else dim.apart or dim.curve
+        latency, bandwidth = interpolate(curve, size)
         return Level(
             dim.name, "switch", size, bandwidth, dim.bytes_per_s, latency / 2, dim.latency_s
         )
@@ -109,6 +110,12 @@ def _level(dim: Dimension, here: list[Part], inside: list[Part], sharing: int) -
         return Level(dim.name, "network", size, rate, rate, latency, hop)
     rate, hop = dim.bytes_per_s, dim.latency_s
     return Level(dim.name, "core", size, rate, rate, hop, hop)
+
+
+def _neighbours(inside: list[Part]) -> bool:
+    """Whether the members along a dimension are a run without gaps."""
+    span = max(p.size * p.stride for p in inside if p.size > 1)
+    return span == prod(p.size for p in inside)
 
 
 def _torus_level(
@@ -126,7 +133,7 @@ def _torus_level(
     return Level(dim.name, kind, size, bandwidth, bandwidth, hops * dim.latency_s, hop)
 
 
-def interpolate(curve: tuple[tuple[int, float, float], ...], size: int) -> tuple[float, float]:
+def interpolate(curve: Curve, size: int) -> tuple[float, float]:
     """(latency_s, bytes_per_s) for a group of `size`: linear between entries, flat outside."""
     if size <= curve[0][0]:
         return curve[0][1:]

@@ -211,6 +211,17 @@ def bus_bandwidth(name: str, shape: dict[str, int], axes: tuple[str, ...]) -> fl
     return 2 * (n - 1) / n * 1e10 / collective_seconds(mesh, "all-reduce", axes, 1e10)
 
 
+def test_without_a_switch_it_matters_which_gpus_are_together():
+    """8 V100: GPUs 0 to 3 have four links each among them, 0 2 4 6 a ring of single links."""
+    near = gather("v100-8:1", {"x": 2, "y": 4}, ("y",))
+    apart = gather("v100-8:1", {"x": 4, "y": 2}, ("x",))
+    assert near == pytest.approx(S * 3 / 4 / 81e9)
+    assert apart == pytest.approx(S * 3 / 4 / 40e9)
+    switch = [gather("dgx-a100-80gb:1", {"x": 4, "y": 2}, ("x",)),
+              gather("dgx-a100-80gb:1", {"x": 2, "y": 4}, ("y",))]  # fmt: skip
+    assert switch[0] == switch[1]
+
+
 def test_two_nodes_reach_the_bandwidth_of_their_ports():
     assert bus_bandwidth("dgx-a100-80gb:2", {"x": 16}, ("x",)) == pytest.approx(192e9, rel=0.06)
 
