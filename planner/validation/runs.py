@@ -37,7 +37,8 @@ class Run:
     that the zoo has of its source. `group`: runs that
     differ only in how they are parallelised, among which a planner chooses.
     `overlap`: collectives that the software of the run carried out beside computing, if not those
-    that the catalogue says of the chip.
+    that the catalogue says of the chip. `combined_sums`: gradients were summed over the devices in
+    one collective, at the end, and lay whole until then.
     `network_bytes_per_s`: of one device between nodes, if not as in the catalogue."""
 
     id: str
@@ -50,6 +51,7 @@ class Run:
     group: str = ""
     network_bytes_per_s: float | None = None
     overlap: frozenset[str] | None = None
+    combined_sums: bool = False
     notes: str = ""
 
 

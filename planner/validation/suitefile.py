@@ -68,6 +68,7 @@ class RunFields(_Strict):
     group: str = ""
     network_bytes_per_s: _Positive | None = None
     overlap: list[_Moves] | None = None
+    combined_sums: bool = False
     notes: str = ""
 
 
@@ -125,7 +126,7 @@ def _run(run: RunFields, suite: SuiteFields, file: str) -> Run:
     return Run(
         run.id, run.name or run.id, suite.sources.get(run.source, run.source), run.model,
         _layout(run, suite, file), measured, run.eager, run.group, run.network_bytes_per_s,
-        None if run.overlap is None else frozenset(run.overlap), run.notes,
+        None if run.overlap is None else frozenset(run.overlap), run.combined_sums, run.notes,
     )  # fmt: skip
 
 
