@@ -35,6 +35,8 @@ TOPOLOGIES = {
     "v6e": "v6e:2x2", "v7": "tpu7x:2x2x1",
 }  # fmt: skip
 PRODUCTS = ("dense", "gradient", "f32-result", "batched")
+PASSES = ("tpu-v2", "tpu-v3", "tpu-v4")  # chips whose passes are estimated as slow as they are
+FITTED = ("compute", "memory", "overhead_s", "drain_s", "result_s", "stream_overhead_s")
 FIELDS = ("chip", "form", "batch", "m", "n", "k", "cycles", "total_cycles")
 
 SIZES = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
@@ -246,7 +248,7 @@ def _streams(
 
     smallest = min(int(r["cycles"]) for r in rows if r["form"] == "copy-f32") / chip.clock_hz
     overhead = smallest - 64 * 512 * 8 / chip.hbm_bytes_per_s
-    if chip.name in ("tpu-v2", "tpu-v3", "tpu-v4"):
+    if chip.name in PASSES:
         narrow = (rate("add-bf16", 6) + rate("gelu-bf16", 4)) / 2
         return {2: narrow, 4: (rate("add-f32", 12) + rate("copy-f32", 8)) / 2}, overhead
     return {2: memory, 4: memory}, overhead
@@ -264,10 +266,15 @@ def _table_text(
     total: int, kept: int,
 ) -> str:  # fmt: skip
     narrow, wide = (value for _, value in table.result_s)
+    fitted, derived = [*FITTED, "stream"], ""
+    if entry not in PASSES:
+        fitted = [*FITTED]
+        derived = "  derived: {libtpu: [stream]}   # as memory: estimates of passes are too low\n"
     return f"""\
 # Written by benchmarks/fit_tpu_matmul.py; fractions are of the catalogue's rates.
 schema_version: 1
-fitted_to: "estimated cycles of libtpu 0.0.52 for {kept} of {total} matmuls, sizes 64 to 25600"
+sources:
+  libtpu: "estimated cycles of libtpu 0.0.52 for {kept} of {total} matmuls, sizes 64 to 25600"
 fit_error: "{_error_text(errors)}"
 compute: {table.compute:.4f}
 memory: {table.memory:.4f}
@@ -276,7 +283,9 @@ drain_s: {table.drain_s:.3e}
 result_s: {{2: {narrow:.3e}, 4: {wide:.3e}}}
 stream_overhead_s: {overhead:.3e}
 stream: {{2: {stream[2]:.3f}, 4: {stream[4]:.3f}}}
-"""
+marks:
+  fitted: {{libtpu: [{", ".join(fitted)}]}}
+{derived}"""
 
 
 def _read(path: Path) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ MOST_SHARE = 1.0  # nothing runs faster than the rates of the datasheet
 LEAST_S = 1e-7  # a latency of zero could not be scaled
 LEAST_FILL = 8.0
 FOLDS = 5
+MOST_EVALUATIONS = 2000  # of a search whose step does not become small
 
 
 @dataclass(frozen=True)
@@ -85,8 +86,9 @@ def predicted(table: Efficiency, chip: Chip, samples: Sequence[Sample]) -> Array
 
 
 def search(
-    start: Sequence[float], loss: Callable[[Sequence[float]], float], evaluations: int = 2000
-) -> list[float]:
+    start: Sequence[float], loss: Callable[[Sequence[float]], float],
+    evaluations: int = MOST_EVALUATIONS,
+) -> list[float]:  # fmt: skip
     """Positive parameters of least loss: each in turn is scaled up and down, by less and less."""
     best, least, step = list(start), loss(start), FIRST_STEP
     while step > LAST_STEP and evaluations > 0:

@@ -8,10 +8,12 @@ device, a seconds of latency):
     all-to-all                   a + max over the cuts of bytes across the cut / its bandwidth
     collective-permute           a + S / (one link or port)
 
-On a torus W adds up over the group's dimensions, two links for a ring and one for a line
-(scaling-book, "sharding": V / (W_ici * axes)); between nodes it is the narrower of the node's
-bus and the ports of the members of one node (a ring through all of them, as NCCL builds it).
-The cut of a ring of n is S n / 4 bytes over two links, of a line over one.
+On a torus XLA runs one ring through all devices of a group, however many dimensions it spans: W
+is two links. Only an all-reduce over whole dimensions takes the dimensions in turn, different
+parts of the data in different orders, so that all links work: W adds up. Where that is faster,
+a gather is an all-reduce of slices among zeros (see docs/hardware.md). Between nodes W is the
+narrower of the node's bus and the ports of the members of one node (a ring through all of them,
+as NCCL builds it). The cut of a ring of n is S n / 4 bytes over two links, of a line over one.
 """
 
 from __future__ import annotations
@@ -53,13 +55,14 @@ def _seconds(kind: str, group: Group, size: np.ndarray, *, shift: bool) -> np.nd
         raise ValueError(f"unknown collective {kind!r}; known: {', '.join(_KINDS)}")
     if kind == "slice" or group.size == 1:
         return np.zeros_like(size)
-    latency = group.start_s + sum(level.latency_s for level in group.levels)
-    if kind in ("all-gather", "reduce-scatter"):
-        return latency + size * _gather_s_per_byte(group)
-    if kind == "all-reduce":
-        return 2 * (latency + size * _gather_s_per_byte(group))
+    if kind in ("all-gather", "reduce-scatter", "all-reduce"):
+        ring = _ring(group, size)
+        turns = _turns(group, size)
+        if kind == "all-reduce":
+            return np.minimum(2 * ring, turns)
+        return np.minimum(ring, turns)
     if kind == "all-to-all":
-        return latency + size * _exchange_s_per_byte(group)
+        return _latency(group) + size * _exchange_s_per_byte(group)
     return _permute(group, size, shift=shift)
 
 
@@ -69,7 +72,29 @@ _KINDS = (
 )  # fmt: skip
 
 
-def _gather_s_per_byte(group: Group) -> float:
+def _latency(group: Group) -> float:
+    return group.start_s + sum(level.latency_s for level in group.levels)
+
+
+def _ring(group: Group, size: np.ndarray) -> np.ndarray:
+    """All-gather by one ring through all devices: each takes in all but its own part."""
+    torus = group.of_kind(*_TORUS)
+    share = size * (group.size - 1) / group.size
+    if len(torus) < 2:
+        return _latency(group) + share / _incoming(group)
+    # A ring that turns at the ends of rows needs no wraparound, and passes every device.
+    hops = prod(level.size for level in torus) // 2 * max(level.hop_s for level in torus)
+    return group.start_s + hops + share / (2 * min(level.bytes_per_s for level in torus))
+
+
+def _turns(group: Group, size: np.ndarray) -> np.ndarray:
+    """All-reduce by one dimension after the other, different parts of the data in turn."""
+    if len(group.of_kind(*_TORUS)) < 2 or not group.whole:
+        return np.full_like(size, np.inf)
+    return 2 * (_latency(group) + size * _all_links_s_per_byte(group))
+
+
+def _all_links_s_per_byte(group: Group) -> float:
     """Every device takes in all but its own part of the payload; a slow dimension holds up all."""
     incoming = (group.size - 1) / group.size / _incoming(group)
     return max([incoming, *_plane_cuts(group)])
@@ -89,7 +114,7 @@ def _plane_cuts(group: Group) -> list[float]:
 
 
 def _incoming(group: Group) -> float:
-    """Bytes per second into one device when data runs in rings through the whole group."""
+    """Bytes per second into one device when data comes over all links of the group."""
     widths = []
     torus = group.of_kind(*_TORUS)
     if torus:
@@ -142,5 +167,4 @@ def _permute(group: Group, size: np.ndarray, *, shift: bool) -> np.ndarray:
     one_link = 1 / slowest
     if shift:
         return group.start_s + max(level.hop_s for level in group.levels) + size * one_link
-    latency = group.start_s + sum(level.latency_s for level in group.levels)
-    return latency + size * max(one_link, _exchange_s_per_byte(group))
+    return _latency(group) + size * max(one_link, _exchange_s_per_byte(group))

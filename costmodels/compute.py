@@ -18,7 +18,7 @@ contracted length and of a fixed length more, for filling and draining:
 Streams (element-wise passes, reductions, optimizer updates) take the time of their HBM bytes
 at the measured efficiency, or of their vector arithmetic if that is longer.
 
-The parameters are in data/<chip.efficiency>.yaml, with what they were fitted to and how well.
+The parameters are in data/<chip.efficiency>.yaml, with their sources and how well they fit.
 """
 
 from __future__ import annotations

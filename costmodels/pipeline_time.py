@@ -13,8 +13,9 @@ blocking transfers, bubbles are the time in which it has nothing to do.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from costmodels.pipeline import PipelineProgram
 from costmodels.pricing import prices
@@ -67,6 +68,25 @@ def _durations(program: PipelineProgram, mesh: LogicalMesh) -> list[_Stage]:
     return found
 
 
+def _halves(stages: Sequence[_Stage]) -> dict[str, list[_Half]]:
+    """By phase and stage; activations come from the stage before, gradients from the one after."""
+    sent: dict[str, list[dict[int, float]]] = {
+        phase: [{} for _ in stages] for phase in (FORWARD, BACKWARD)
+    }
+    found: dict[str, list[_Half]] = {FORWARD: [], BACKWARD: []}
+    for number, stage in enumerate(stages):
+        for phase, source in ((FORWARD, number - 1), (BACKWARD, number + 1)):
+            reads = sent[phase][source] if 0 <= source < len(stages) else None
+            transfer = stage.transfer[phase]
+            found[phase].append(
+                _Half(
+                    reads, sent[phase][number], stage.parts[phase].step_time_s, transfer,
+                    transfer if stage.blocking else 0.0,
+                )
+            )  # fmt: skip
+    return found
+
+
 def with_bubbles(timing: Timing, loops: Collection[str], share: float) -> Timing:
     """`timing` of a pipeline in one program: `share` of the iterations of `loops` are bubbles."""
     idle = [timing.loops[name] for name in loops if name in timing.loops]
@@ -105,12 +125,23 @@ class _Device:
         self.exposed += seconds
 
 
+class _Half(NamedTuple):
+    """The tasks of one stage and phase: what each takes, and by microbatch when what it reads has
+    arrived (None: it reads nothing) and when what it sends has."""
+
+    reads: dict[int, float] | None
+    sent: dict[int, float]
+    seconds: float
+    transfer: float
+    blocked: float  # how long the sender waits for the transfer
+
+
 @dataclass
 class _Play:
     program: PipelineProgram
     stages: list[_Stage]
     trace: bool
-    arrival: dict[tuple[str, int, int], float] = field(default_factory=dict)  # phase, stage, micro
+    halves: dict[str, list[_Half]] = field(default_factory=dict)
     events: list[Event] = field(default_factory=list)
     devices: list[_Device] = field(default_factory=list)
 
@@ -124,6 +155,7 @@ class _Play:
     def last(self) -> int:
         """Plays the table; the position of the device that ends last."""
         self.devices = devices = [_Device(tasks) for tasks in self.program.table]
+        self.halves = _halves(self.stages)
         for place, device in enumerate(devices):
             for stage in self.program.stages_at(place):
                 device.spend(self.stages[stage].parts["before"])
@@ -134,41 +166,50 @@ class _Play:
         stuck = [d for d in devices if d.done < len(d.tasks)]
         if stuck:
             raise ValueError(f"the schedule never gets to {stuck[0].tasks[stuck[0].done]}")
+        for place, device in enumerate(devices):
+            self._account(device, self.program.stages_at(place))
         self._close(devices)
         return max(range(len(devices)), key=lambda place: devices[place].clock)
 
     def _advance(self, device: _Device, place: int) -> bool:
-        """Runs tasks of a device until one has to wait for a task that has not run yet."""
-        start = device.done
-        last = len(self.stages) - 1
-        tasks, arrival = device.tasks, self.arrival
-        while device.done < len(tasks):
-            task = tasks[device.done]
-            phase, stage, micro = task
-            ready = 0.0
-            if phase == FORWARD and stage:
-                ready = arrival.get((FORWARD, stage - 1, micro), -1.0)
-            elif phase == BACKWARD and stage < last:
-                ready = arrival.get((BACKWARD, stage + 1, micro), -1.0)
-            if ready < 0.0:
-                break
-            device.clock = max(device.clock, ready)
-            self._run(device, task, place)
-            device.done += 1
-        return device.done > start
+        """Runs tasks of a device until one has to wait for a task that has not run yet.
 
-    def _run(self, device: _Device, task: Task, place: int) -> None:
-        stage = self.stages[task.stage]
-        timing = stage.parts[task.phase]
-        if self.trace:
-            name = f"{task.phase} {task.stage}.{task.microbatch}"
-            row, seconds = f"{self.program.axis} {place:02}", timing.step_time_s
-            self.events.append(Event(name, row, device.clock, seconds, task.phase, "task"))
-        device.spend(timing)
-        transfer = stage.transfer[task.phase]
-        self.arrival[task] = device.clock + transfer
-        if stage.blocking:
-            device.wait(transfer)
+        Tens of thousands run in a step: only the clock is kept here, and in local names."""
+        start, clock, tasks, halves = device.done, device.clock, device.tasks, self.halves
+        done, count, trace = start, len(tasks), self.trace
+        while done < count:
+            task = tasks[done]
+            phase, stage, micro = task
+            reads, sent, seconds, transfer, blocked = halves[phase][stage]
+            if reads is not None:
+                ready = reads.get(micro)
+                if ready is None:
+                    break
+                if ready > clock:
+                    clock = ready
+            if trace:
+                self._record(task, place, clock)
+            clock += seconds
+            sent[micro] = clock + transfer
+            clock += blocked
+            done += 1
+        device.done, device.clock = done, clock
+        return done > start
+
+    def _record(self, task: Task, place: int, start: float) -> None:
+        name = f"{task.phase} {task.stage}.{task.microbatch}"
+        row = f"{self.program.axis} {place:02}"
+        seconds = self.halves[task.phase][task.stage].seconds
+        self.events.append(Event(name, row, start, seconds, task.phase, "task"))
+
+    def _account(self, device: _Device, stages: Iterable[int]) -> None:
+        """What the tasks of `stages` spent their time with."""
+        for stage in stages:
+            for phase, halves in self.halves.items():
+                half, timing = halves[stage], self.stages[stage].parts[phase]
+                count = len(half.sent)
+                device.compute += count * timing.compute_s
+                device.exposed += count * (timing.exposed_communication_s + half.blocked)
 
     def _close(self, devices: Sequence[_Device]) -> None:
         """What is done once a step after the last microbatch: exchanges, updates."""

@@ -135,11 +135,15 @@ def _nodes(name: str, document: Section, chip: Chip, sizes: tuple[int, ...]) -> 
     if gpus > full:
         raise MeshError("too-large", f"{name!r}: a node has {full} GPUs, got {gpus}")
     start = node.number("start_s")  # of an all-reduce; the curve's latencies contain it
-    curve = tuple((n, max(a - start, 0.0), b) for n, a, b in read_curve(node.section("curve")))
+    curve, apart = (
+        tuple((n, max(a - start, 0.0), b) for n, a, b in read_curve(node.section(key)))
+        if node.has(key) else ()
+        for key in ("curve", "curve_apart")
+    )  # fmt: skip
     rate, latency = network.positive("bytes_per_s"), network.number("latency_s")
     direct = node.positive("point_to_point_bytes_per_s")
     links = (
         Dimension("node", nodes, "network", rate, latency),
-        Dimension("gpu", gpus, "switch", direct, curve[0][1] / 2, curve),
+        Dimension("gpu", gpus, "switch", direct, curve[0][1] / 2, curve, apart),
     )
     return Topology(name, chip, links, start / 2)

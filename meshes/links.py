@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 
-from meshes.topology import Dimension
+from meshes.topology import Curve, Dimension
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,14 @@ class Group:
     """The devices that differ only along some axes: `size` of them on `levels`.
 
     `levels` run from the outermost dimension to the innermost; dimensions along which the
-    group has one member are left out. `start_s` is paid once by every collective.
+    group has one member are left out. `start_s` is paid once by every collective. `whole`: the
+    group has all devices of each dimension that it reaches, and of each of its chips.
     """
 
     size: int
     levels: tuple[Level, ...]
     start_s: float
+    whole: bool
 
     def of_kind(self, *kinds: str) -> tuple[Level, ...]:
         return tuple(level for level in self.levels if level.kind in kinds)
@@ -76,12 +78,14 @@ def build_group(
     """Group of `axes` for devices laid out as `parts` say."""
     sharing = _cores_outside(links, parts, axes)
     levels = []
+    whole = sharing == 1
     for i, dim in enumerate(links):
         here = [p for p in parts if p.dim == i]
         inside = [p for p in here if p.axis in axes]
         if prod(p.size for p in inside) > 1:
             levels.append(_level(dim, here, inside, sharing))
-    return Group(prod(level.size for level in levels), tuple(levels), start_s)
+            whole = whole and levels[-1].size == dim.size
+    return Group(prod(level.size for level in levels), tuple(levels), start_s, whole)
 
 
 def _cores_outside(links: Sequence[Dimension], parts: Sequence[Part], axes: frozenset[str]) -> int:
@@ -94,7 +98,8 @@ def _level(dim: Dimension, here: list[Part], inside: list[Part], sharing: int) -
     if dim.kind in ("ring", "line"):
         return _torus_level(dim, here, inside, size, sharing)
     if dim.kind == "switch":
-        latency, bandwidth = interpolate(dim.curve, size)
+        curve = dim.curve if _neighbours(inside) else dim.apart or dim.curve
+        latency, bandwidth = interpolate(curve, size)
         return Level(
             dim.name, "switch", size, bandwidth, dim.bytes_per_s, latency / 2, dim.latency_s
         )
@@ -105,6 +110,12 @@ def _level(dim: Dimension, here: list[Part], inside: list[Part], sharing: int) -
         return Level(dim.name, "network", size, rate, rate, latency, hop)
     rate, hop = dim.bytes_per_s, dim.latency_s
     return Level(dim.name, "core", size, rate, rate, hop, hop)
+
+
+def _neighbours(inside: list[Part]) -> bool:
+    """Whether the members along a dimension are a run without gaps."""
+    span = max(p.size * p.stride for p in inside if p.size > 1)
+    return span == prod(p.size for p in inside)
 
 
 def _torus_level(
@@ -122,7 +133,7 @@ def _torus_level(
     return Level(dim.name, kind, size, bandwidth, bandwidth, hops * dim.latency_s, hop)
 
 
-def interpolate(curve: tuple[tuple[int, float, float], ...], size: int) -> tuple[float, float]:
+def interpolate(curve: Curve, size: int) -> tuple[float, float]:
     """(latency_s, bytes_per_s) for a group of `size`: linear between entries, flat outside."""
     if size <= curve[0][0]:
         return curve[0][1:]

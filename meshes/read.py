@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from meshes.chip import Chip, MatrixUnit
 from meshes.document import Section
-from meshes.topology import KINDS, Dimension
+from meshes.topology import KINDS, Curve, Dimension
 
 CHIP_KEYS = (
     "name", "family", "device_kind", "devices_per_chip", "peak_flops", "hbm_bytes", "usable_bytes",
@@ -12,7 +12,7 @@ CHIP_KEYS = (
     "overlap", "dispatch_s",
 )  # fmt: skip
 COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
-DIMENSION_KEYS = ("name", "size", "kind", "bytes_per_s", "latency_s", "curve")
+DIMENSION_KEYS = ("name", "size", "kind", "bytes_per_s", "latency_s", "curve", "curve_apart")
 
 
 def read_chip(section: Section, name: str, base: Chip | None = None) -> Chip:
@@ -93,17 +93,22 @@ def read_dimension(section: Section) -> Dimension:
     if kind not in KINDS:
         hint = f"one of {', '.join(KINDS)}"
         raise section.error(f"unknown kind {kind!r}", hint, section.child("kind"))
-    curve = read_curve(section.section("curve")) if section.has("curve") else ()
+    curve, apart = (
+        read_curve(section.section(key)) if section.has(key) else ()
+        for key in ("curve", "curve_apart")
+    )
     rate = section.positive("bytes_per_s")
     latency = section.number("latency_s", 0.0)
     if kind == "switch" and not curve:
         curve = ((2, latency, rate),)
-    if kind != "switch" and curve:
+    if kind != "switch" and (curve or apart):
         raise section.error("only a switch has a curve")
-    return Dimension(section.text("name"), section.count("size"), kind, rate, latency, curve)
+    return Dimension(
+        section.text("name"), section.count("size"), kind, rate, latency, curve, apart
+    )
 
 
-def read_curve(section: Section) -> tuple[tuple[int, float, float], ...]:
+def read_curve(section: Section) -> Curve:
     """Group size -> latency_s, bytes_per_s; sorted by size."""
     rows = []
     for key in section.names():

@@ -23,11 +23,11 @@ from meshes.catalogue import from_name
 from meshes.document import Section, from_yaml, parse
 from meshes.errors import MeshError
 from meshes.read import read_chip, read_curve, read_dimension
-from meshes.topology import KINDS, Dimension, Topology
+from meshes.topology import KINDS, Curve, Dimension, Topology
 from meshes.yamltree import YamlProblem, read_text
 
 _SUFFIXES = (".yaml", ".yml")
-_CHANGES = ("size", "kind", "bytes_per_s", "latency_s", "curve")
+_CHANGES = ("size", "kind", "bytes_per_s", "latency_s", "curve", "curve_apart")
 
 
 def resolve(name_or_path: str) -> Topology:
@@ -108,14 +108,18 @@ def _change(dim: Dimension, changes: Section) -> Dimension:
             change.child("kind"),
         )
     rate = change.positive("bytes_per_s", dim.bytes_per_s)
-    curve = read_curve(change.section("curve")) if change.has("curve") else dim.curve
-    if kind == "switch" and change.has("bytes_per_s") and not change.has("curve"):
-        # A faster or slower switch: the whole curve scales with the point-to-point rate.
-        factor = rate / dim.bytes_per_s
-        curve = tuple((n, latency, b * factor) for n, latency, b in curve)
+    # A faster or slower switch: whole curves scale with the point-to-point rate.
+    factor = rate / dim.bytes_per_s
+
+    def curve(key: str, old: Curve) -> Curve:
+        if change.has(key):
+            return read_curve(change.section(key))
+        return tuple((n, latency, b * factor) for n, latency, b in old)
+
     return replace(
         dim, size=change.count("size", dim.size), kind=kind, bytes_per_s=rate,
-        latency_s=change.number("latency_s", dim.latency_s), curve=curve,
+        latency_s=change.number("latency_s", dim.latency_s),
+        curve=curve("curve", dim.curve), apart=curve("curve_apart", dim.apart),
     )  # fmt: skip
 
 

@@ -18,6 +18,9 @@ from meshes.chip import Chip
 KINDS = ("ring", "line", "core", "switch", "network")
 
 
+Curve = tuple[tuple[int, float, float], ...]
+
+
 @dataclass(frozen=True)
 class Dimension:
     """One physical dimension. Bandwidths are one-directional, in bytes per second.
@@ -26,7 +29,8 @@ class Dimension:
     core: `bytes_per_s` between the devices of a chip.
     switch: `curve` holds (group size, latency_s, bus bytes/s) of an all-reduce, which takes
     2 start_s + latency + 2 (n-1)/n bytes / bandwidth; `bytes_per_s` and `latency_s` are
-    those of one sender and one receiver.
+    those of one sender and one receiver. `apart`: the curve of groups that are not neighbours,
+    where that makes a difference (links without a switch).
     network: `bytes_per_s` of one device's share of the ports, `latency_s` of an all-reduce
     per doubling of the number of nodes.
     """
@@ -36,7 +40,8 @@ class Dimension:
     kind: str
     bytes_per_s: float
     latency_s: float
-    curve: tuple[tuple[int, float, float], ...] = ()
+    curve: Curve = ()
+    apart: Curve = ()
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,11 @@
 
 Like JAX's `with_sharding_constraint`, an annotation of an activation holds for its cotangent
 and for its recomputation too; that of a parameter holds for where it is stored, not for the
-copies that are read. A plan's own annotation is of the named tensors alone: the plan was free to
-lay cotangents and recomputations otherwise.
+copies that are read. That of a copy (a parameter cast for computing) holds for what is read: its
+gradient is reduced to where the parameter lies, by way of whatever is cheapest.
+
+A plan's own annotation is of the named tensors alone: the plan was free to lay cotangents and
+recomputations otherwise.
 """
 
 from __future__ import annotations
@@ -86,6 +89,7 @@ def pinned_specs(
     that does not divide (`uneven`: of an argument of the step; others may be padded).
     """
     tensors = graph.all_tensors()
+    copies = _copies_of_parameters(graph)
     pins: dict[str, Spec] = {}
     for name, dims in annotation.items():
         if name not in tensors:
@@ -102,10 +106,22 @@ def pinned_specs(
         pins[name] = spec
         if tensor.role == "parameter" or meaning is Meaning.PLAN:
             continue
-        for other in (name + AGAIN, graph.cotangents.get(name)):
+        cotangent = None if name in copies else graph.cotangents.get(name)
+        for other in (name + AGAIN, cotangent):
             if other in tensors and tensors[other].shape == tensor.shape:
                 pins[other] = spec
     return pins
+
+
+def _copies_of_parameters(graph: Graph) -> set[str]:
+    tensors = graph.all_tensors()
+    return {
+        op.outs[0]
+        for op, _ in graph.walk()
+        if len(op.ins) == 1
+        and tensors[op.ins[0]].role == "parameter"
+        and tensors[op.outs[0]].shape == tensors[op.ins[0]].shape
+    }
 
 
 def part_copies(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:

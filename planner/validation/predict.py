@@ -10,12 +10,14 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from math import prod
 from os import cpu_count
 
 import yaml
 
 import meshes
 from costmodels.compute import efficiency
+from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh, Topology
 from planner import zoo
 from planner.errors import InputError
@@ -23,7 +25,7 @@ from planner.model import Model
 from planner.modelfile import ModelErrors, load_model, render
 from planner.planning import Infeasible, Options, plan_model, price_annotations
 from planner.result import Result
-from planner.validation.layouts import lay
+from planner.validation.layouts import Layout, lay
 from planner.validation.runs import Run, Suite
 
 SEVERAL = 12  # runs from which on starting other processes pays
@@ -46,7 +48,7 @@ def simulate_run(run: Run) -> Result:
     model = load(run)
     if model.mesh is None or not isinstance(model.shape, dict):
         raise InputError(f"{run.id}: its model needs a mesh with a shape")
-    topology = _topology(model.mesh, run.eager, run.blocking, run.network_bytes_per_s)
+    topology = _topology(model.mesh, run.eager, run.overlap, run.network_bytes_per_s)
     mesh = meshes.logical(topology, dict(model.shape), model.layout)
     if run.layout is None:
         return _planned(model, mesh)
@@ -69,10 +71,29 @@ def _planned(model: Model, mesh: LogicalMesh) -> Result:
 
 def predict(run: Run) -> Prediction:
     result = simulate_run(run)
+    peak = result.memory.peak_bytes
+    if run.combined_sums and isinstance(run.layout, Layout):
+        peak += _unsummed_bytes(result, run.layout.activations.get("B", ()))
     return Prediction(
-        result.timing.step_time_s, result.mfu, result.hfu, result.memory.peak_bytes,
-        result.memory.peak_bytes <= result.limit_bytes, result.step_time_range_s,
+        result.timing.step_time_s, result.mfu, result.hfu, peak, peak <= result.limit_bytes,
+        result.step_time_range_s,
     )  # fmt: skip
+
+
+def _unsummed_bytes(result: Result, batch: Sequence[str]) -> int:
+    """What gradients take more on one device until they are summed over the axes that split the
+    `batch`, than scattered over those axes as they are here."""
+    tensors, sizes = result.graph.all_tensors(), dict(result.mesh.axes)
+    more = 0
+    for parameter in result.graph.parameters():
+        gradient = tensors.get(result.graph.cotangents.get(parameter.name, ""))
+        if gradient is None or gradient.name not in result.specs:
+            continue
+        spec = result.specs[gradient.name]
+        shards = prod(sizes[a] for a in spec.axes if a in batch)
+        local = prod(spec.local_shape(gradient.shape, sizes)) * ITEM_BYTES[gradient.dtype]
+        more += local * (shards - 1)
+    return more
 
 
 def predictions(suite: Suite) -> Iterator[Prediction]:
@@ -104,7 +125,7 @@ def load(run: Run) -> Model:
 
 @lru_cache(maxsize=64)
 def _topology(
-    name: str, eager: bool, blocking: bool, network_bytes_per_s: float | None
+    name: str, eager: bool, overlap: frozenset[str] | None, network_bytes_per_s: float | None
 ) -> Topology:
     """The machine, as the software of the run used it."""
     topology = meshes.resolve(name)
@@ -117,6 +138,6 @@ def _topology(
     chip = topology.chip
     if eager:
         chip = replace(chip, dispatch_s=efficiency(chip.efficiency).eager_dispatch_s)
-    if blocking:
-        chip = replace(chip, overlap=frozenset())
+    if overlap is not None:
+        chip = replace(chip, overlap=overlap)
     return replace(topology, chip=chip)

@@ -36,7 +36,9 @@ class Run:
     only its name. `layout`: None for one that the planner chooses, PUBLISHED for the annotation
     that the zoo has of its source. `group`: runs that
     differ only in how they are parallelised, among which a planner chooses.
-    `blocking`: the software of the run did not communicate beside computing.
+    `overlap`: collectives that the software of the run carried out beside computing, if not those
+    that the catalogue says of the chip. `combined_sums`: gradients were summed over the devices in
+    one collective, at the end, and lay whole until then.
     `network_bytes_per_s`: of one device between nodes, if not as in the catalogue."""
 
     id: str
@@ -48,7 +50,8 @@ class Run:
     eager: bool = False
     group: str = ""
     network_bytes_per_s: float | None = None
-    blocking: bool = False
+    overlap: frozenset[str] | None = None
+    combined_sums: bool = False
     notes: str = ""
 
 

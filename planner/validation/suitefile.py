@@ -28,6 +28,9 @@ def _axes(value: Any) -> Any:
 
 
 _Rules = dict[str, Annotated[list[str], BeforeValidator(_axes)]]
+_Moves = Literal[
+    "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute"
+]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
@@ -64,7 +67,8 @@ class RunFields(_Strict):
     eager: bool = False
     group: str = ""
     network_bytes_per_s: _Positive | None = None
-    blocking: bool = False
+    overlap: list[_Moves] | None = None
+    combined_sums: bool = False
     notes: str = ""
 
 
@@ -122,7 +126,7 @@ def _run(run: RunFields, suite: SuiteFields, file: str) -> Run:
     return Run(
         run.id, run.name or run.id, suite.sources.get(run.source, run.source), run.model,
         _layout(run, suite, file), measured, run.eager, run.group, run.network_bytes_per_s,
-        run.blocking, run.notes,
+        None if run.overlap is None else frozenset(run.overlap), run.combined_sums, run.notes,
     )  # fmt: skip
 
 

@@ -40,12 +40,12 @@ def test_positive_and_finite(name, kind, axes, size):
 
 @case
 def test_grows_with_bytes_and_without_jumps(name, kind, axes, size):
-    """Latency plus a constant rate: monotone, continuous, and never better than in parts."""
+    """Latency plus a rate, of the better of two ways: monotone, and never better in parts."""
     mesh = LAID[name]
     sizes = size * np.array([0, 0.5, 1, 2])
     start, half, whole, double = collective_seconds(mesh, kind, axes, sizes)
     assert start <= half <= whole <= double
-    assert whole - half == pytest.approx(half - start, rel=1e-6, abs=1e-15)
+    assert whole - half <= (half - start) * (1 + 1e-6) + 1e-15
     assert whole <= 2 * half + 1e-15
 
 
@@ -58,10 +58,15 @@ def test_one_number_and_many_agree(name, kind, axes, size):
 
 @case
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather(name, kind, axes, size):
+    """Or faster, where several dimensions of a torus work at once; then a gather may be one."""
     seconds = {k: collective_seconds(LAID[name], k, axes, size) for k in MOVES}
     assert seconds["all-gather"] == seconds["reduce-scatter"]
     both = seconds["all-gather"] + seconds["reduce-scatter"]
-    assert seconds["all-reduce"] == pytest.approx(both, rel=1e-12)
+    group = LAID[name].group(axes)
+    if group.whole and len(group.of_kind("ring", "line")) > 1:
+        assert both / 2 <= seconds["all-reduce"] <= both
+    else:
+        assert seconds["all-reduce"] == pytest.approx(both, rel=1e-12)
 
 
 @case
@@ -113,10 +118,31 @@ def test_a_ring_uses_both_directions_and_a_line_one():
     assert line == pytest.approx(S * 3 / 4 / V4)
 
 
-def test_a_group_over_several_dimensions_uses_all_their_links():
-    assert gather("tpu-v4:4x4x4", {"x": 16, "y": 4}) == pytest.approx(S * 15 / 16 / (4 * V4))
-    assert gather("tpu-v4:4x4x4", {"x": 64}) == pytest.approx(S * 63 / 64 / (6 * V4))
+def test_a_gather_over_several_dimensions_is_one_ring():
+    assert gather("tpu-v4:4x4x4", {"x": 16, "y": 4}) == pytest.approx(S * 15 / 16 / (2 * V4))
+    # A square of four needs no wraparound to be a ring.
     assert gather("tpu-v4:4x2x2", {"x": 4, "y": 4}, ("y",)) == pytest.approx(S * 3 / 4 / (2 * V4))
+
+
+def test_an_all_reduce_over_whole_dimensions_uses_all_their_links():
+    over = {"x": 16, "y": 4}
+    planes = gather("tpu-v4:4x4x4", over, kind="all-reduce")
+    assert planes == pytest.approx(2 * S * 15 / 16 / (4 * V4))
+    # Over a part of a dimension, or one core of every chip, it is a ring.
+    layout = {"x": {"x": 4, "y": 2}, "y": {"y": 2, "z": 4}}
+    mesh = meshes.logical(meshes.resolve("tpu-v4:4x4x4"), {"x": 8, "y": 8}, layout)
+    start, end = collective_seconds(mesh, "all-reduce", ("y",), [0, S])
+    assert end - start == pytest.approx(2 * S * 7 / 8 / (2 * V4))
+    cores = gather("tpu-v3:4x4", {"x": 16, "y": 2}, kind="all-reduce")
+    assert cores == pytest.approx(2 * S * 15 / 16 / (2 * V3 / 2))
+
+
+def test_a_gather_over_a_whole_three_dimensional_torus_is_an_all_reduce():
+    """A ring would use two of the six links; twice the bytes over all six take less time."""
+    whole = {"x": 64}
+    reduced = gather("tpu-v4:4x4x4", whole, kind="all-reduce")
+    assert reduced == pytest.approx(2 * S * 63 / 64 / (6 * V4))
+    assert gather("tpu-v4:4x4x4", whole) == reduced
 
 
 def test_v3_wraps_only_at_32_and_its_two_cores_share_the_links():
@@ -183,6 +209,17 @@ def bus_bandwidth(name: str, shape: dict[str, int], axes: tuple[str, ...]) -> fl
     mesh = meshes.logical(meshes.resolve(name), shape)
     n = mesh.size(axes)
     return 2 * (n - 1) / n * 1e10 / collective_seconds(mesh, "all-reduce", axes, 1e10)
+
+
+def test_without_a_switch_it_matters_which_gpus_are_together():
+    """8 V100: GPUs 0 to 3 have four links each among them, 0 2 4 6 a ring of single links."""
+    near = gather("v100-8:1", {"x": 2, "y": 4}, ("y",))
+    apart = gather("v100-8:1", {"x": 4, "y": 2}, ("x",))
+    assert near == pytest.approx(S * 3 / 4 / 81e9)
+    assert apart == pytest.approx(S * 3 / 4 / 40e9)
+    switch = [gather("dgx-a100-80gb:1", {"x": 4, "y": 2}, ("x",)),
+              gather("dgx-a100-80gb:1", {"x": 2, "y": 4}, ("y",))]  # fmt: skip
+    assert switch[0] == switch[1]
 
 
 def test_two_nodes_reach_the_bandwidth_of_their_ports():

@@ -65,6 +65,15 @@ def test_a_file_on_top_of_an_entry_changes_only_what_it_names():
     assert changed.fingerprint != base.fingerprint
 
 
+def test_the_curve_of_groups_apart_may_be_given():
+    changed = read("""
+        base: dgx-a100-80gb:2
+        dims: {gpu: {curve_apart: {2: {latency_s: 1us, bytes_per_s: 10e9}}}}
+    """).links[1]
+    assert changed.apart == ((2, 1e-6, 10e9),)
+    assert changed.curve == meshes.resolve("dgx-a100-80gb:2").links[1].curve
+
+
 def test_a_faster_switch_scales_its_whole_curve():
     changed = read("""
         base: dgx-a100-80gb:2

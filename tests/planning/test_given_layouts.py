@@ -61,6 +61,23 @@ def test_operands_are_read_as_they_lie() -> None:
     assert given.plan.proof.objective_s >= free.plan.proof.objective_s
 
 
+def test_the_pin_of_a_cast_copy_says_nothing_of_its_gradient() -> None:
+    """A weight stored in shards and read whole: gradients are scattered home, not reduced whole."""
+    text = """
+training: {batch: 32, optimizer: adam, compute: bf16}
+architecture: {kind: encoder, layers: 2, d_model: 1024, heads: 8, sequence: 128, vocab: 512}
+"""
+    model, on = load_model(text, "stack"), mesh(8, 1)
+    weights = {"layers.w_in": ((), DATA), "layers.w_out": ((), DATA)}
+    copies = {"layers.w_in.cast": ((), ()), "layers.w_out.cast": ((), ())}
+    batch = {"layers.x": (DATA, (), ()), "layers.in": (DATA, (), ())}
+    given = price_annotations(model, on, {**weights, **copies, **batch})
+    moved = {(r.kind, r.tensor) for r in collectives(given.program, on) if r.bytes > 1e6}
+    for weight in weights:
+        assert ("all-gather", f"{weight}.cast") in moved
+        assert ("reduce-scatter", f"{weight}.cast.grad") in moved
+
+
 def test_an_axis_of_size_one_splits_nothing() -> None:
     model = load_model(TEXT, "mlp")
     alone = price_annotations(model, mesh(1, 1), LAYOUT, as_laid=LAYOUT)

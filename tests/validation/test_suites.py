@@ -10,7 +10,7 @@ import pytest
 from planner.errors import InputError
 from planner.pins import PinError
 from planner.validation import suitefile, vtrain
-from planner.validation.predict import load, simulate_run
+from planner.validation.predict import load, predict, simulate_run
 
 HEADER = ",".join((*vtrain.COLUMNS, vtrain.TIME))
 ROW = "8,32,4,1024,16,24,1024,2,2,2,219.732754"
@@ -72,8 +72,20 @@ def test_a_run_is_simulated_with_the_software_it_had() -> None:
 
     plain = seconds("")
     assert seconds("    eager: true\n") > plain
-    assert seconds("    blocking: true\n") > plain
+    assert seconds("    overlap: []\n") > plain
     assert seconds("    network_bytes_per_s: 1e9\n") > plain
+
+
+def test_gradients_that_are_summed_at_the_end_lie_whole_until_then() -> None:
+    text = SUITE.replace("{B: x}, literal: true", "{B: x}, states: {D: x, F: x}")
+    text = text.replace("d_model: 64", "d_model: 512, biases: false")
+    combined = text.replace("    measured", "    combined_sums: true\n    measured")
+    (least, most), stored = (
+        [predict(suitefile.from_text(t, "m", "m").runs[0]).peak_bytes for t in (text, combined)],
+        simulate_run(suitefile.from_text(text, "m", "m").runs[0]).memory.parts["parameters"],
+    )
+    # The other half of every gradient; they are as large as the parameters.
+    assert most - least == pytest.approx(stored / 2, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +95,7 @@ def test_a_run_is_simulated_with_the_software_it_had() -> None:
         ("layout: data", "layout: published", "only models of the zoo"),
         ("step_time_s: 1e-3", "step_time_s: -1", r"runs.0.measured.step_time_s"),
         ("source: nobody", "sauce: nobody", r"runs.0.s"),
+        ("layout: data", "layout: data\n    overlap: [gathers]", r"runs.0.overlap.0"),
         ("id: one", "id: [", "mine.yaml:"),
     ],
 )
