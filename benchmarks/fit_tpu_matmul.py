@@ -274,7 +274,8 @@ def _table_text(
 # Written by benchmarks/fit_tpu_matmul.py; fractions are of the catalogue's rates.
 schema_version: 1
 sources:
-  libtpu: "estimated cycles of libtpu 0.0.52 for {kept} of {total} matmuls, sizes 64 to 25600"
+  libtpu: "estimated cycles of libtpu 0.0.52 for {kept} of {total} matmuls"
+sizes: [{min(SIZES + ODD_SIZES)}, {max(SIZES + ODD_SIZES)}]
 fit_error: "{_error_text(errors)}"
 compute: {table.compute:.4f}
 memory: {table.memory:.4f}

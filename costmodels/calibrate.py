@@ -117,7 +117,9 @@ def _fitted(chip: Chip, start: Efficiency, samples: Sequence[Sample]) -> Efficie
         return float(np.mean(np.abs(np.log(predicted(table, chip, samples) / measured))))
 
     best = search(_values(start), loss)
-    return _table(start, best, products, streams)
+    sides = [side for s in samples if s.matmul for side in s.matmul[1:]]
+    sizes = (min(sides), max(sides)) if sides else start.sizes
+    return replace(_table(start, best, products, streams), sizes=sizes)
 
 
 def _values(table: Efficiency) -> list[float]:

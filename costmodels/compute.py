@@ -50,6 +50,7 @@ class Efficiency:
     tiles: (m, n, fraction of a multiprocessor's peak), GPUs only.
     fill: filling and draining a tile, in units of contracted length, GPUs only.
     eager_dispatch_s: Chip.dispatch_s of a machine whose framework issues op by op.
+    sizes: the smallest and the largest side of products that were fitted to, where that is known.
     """
 
     compute: float
@@ -63,6 +64,7 @@ class Efficiency:
     splits: tuple[int, ...]
     fill: float = 0.0
     eager_dispatch_s: float = 0.0
+    sizes: tuple[int, int] | None = None
 
 
 def matmul_seconds(
@@ -231,6 +233,7 @@ def from_data(data: Mapping[str, Any]) -> Efficiency:
         splits=tuple(data.get("splits", (1,))),
         fill=float(data.get("fill", 0)),
         eager_dispatch_s=float(data.get("eager_dispatch_s", 0)),
+        sizes=(int(data["sizes"][0]), int(data["sizes"][1])) if "sizes" in data else None,
     )
 
 
@@ -243,6 +246,7 @@ def to_data(table: Efficiency) -> dict[str, Any]:
         "stream": {str(width): value for width, value in table.stream},
         "tiles": [list(tile) for tile in table.tiles], "splits": list(table.splits),
         "fill": table.fill, "eager_dispatch_s": table.eager_dispatch_s,
+        **({} if table.sizes is None else {"sizes": list(table.sizes)}),
     }  # fmt: skip
 
 

@@ -1,13 +1,14 @@
-"""Which collectives a Program executes: equal ones added up, the costliest first."""
+"""What a Program executes: collectives, equal ones added up; what of its products is guesswork."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from costmodels.compute import efficiency
 from costmodels.pipeline import PipelineProgram
 from costmodels.pricing import prices
-from costmodels.program import MOVES, Collective, Program
+from costmodels.program import MOVES, Collective, Compute, Program
 from meshes import LogicalMesh
 
 
@@ -54,3 +55,19 @@ def totals(rows: Iterable[CollectiveRow]) -> dict[str, tuple[int, float]]:
         size, seconds = found.get(row.kind, (0, 0.0))
         found[row.kind] = (size + row.total_bytes, seconds + row.total_s)
     return dict(sorted(found.items()))
+
+
+def beyond_fit(program: Program | PipelineProgram, mesh: LogicalMesh) -> float:
+    """The share of all computing time that is in products with a side smaller or larger than
+    those that the chip's efficiencies were fitted to; 0 where nobody says which these were."""
+    table, sizes = prices(mesh), efficiency(mesh.chip.efficiency).sizes
+    if sizes is None:
+        return 0.0
+    every = outside = 0.0
+    for i, times in program.instructions():
+        if isinstance(i, Compute):
+            seconds = times * table.seconds(i)
+            every += seconds
+            sides = i.kernel.matmul[1:] if i.kernel.matmul else sizes
+            outside += seconds if min(sides) < sizes[0] or max(sides) > sizes[1] else 0
+    return outside / every if every else 0.0

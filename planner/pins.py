@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 from planner.graph.core import ARGUMENTS, Graph, Loop
-from planner.graph.derive import AGAIN
+from planner.graph.derive import AGAIN, SAVED
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 
@@ -136,6 +136,17 @@ def part_copies(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:
         if isinstance(node, Loop) and node.of_parts
         for name in node.shared
         if name in pins and graph.tensors[name].role == "parameter"
+    }
+
+
+def saved_values(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:
+    """Pins of the stacks of pinned activations: programs written by hand save what they compute
+    as it lies, and gather again in the backward pass what they gathered before."""
+    tensors = graph.all_tensors()
+    return {
+        name + SAVED: Spec(((), *spec.dims))
+        for name, spec in pins.items()
+        if name + SAVED in tensors and len(tensors[name + SAVED].shape) == len(spec.dims) + 1
     }
 
 

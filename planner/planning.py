@@ -33,6 +33,7 @@ from planner.pins import (
     in_loops,
     part_copies,
     pinned_specs,
+    saved_values,
 )
 from planner.plan import Plan, Proof
 from planner.progress import Progress
@@ -124,8 +125,9 @@ def price_annotations(
 
     Tensors that the annotation leaves open get what the surrogate finds cheapest, within the
     memory if that is possible. Annotated tensors in `as_laid` (and their cotangents and
-    recomputations) are read as they lie, even where resharding them first would be cheaper: what
-    programs written by hand do. Raises PinError, and Unsatisfiable if no op can read them so.
+    recomputations) are read as they lie, even where resharding them first would be cheaper, and
+    with any, all are saved for the backward pass as they lie: what programs written by hand do.
+    Raises PinError, and Unsatisfiable if no op can read them so.
     """
     options = replace(options or Options(), least_memory=False)
     planning = _planning(model, mesh, options, annotation, meaning=meaning, as_laid=as_laid)
@@ -222,6 +224,8 @@ class Planning:
 
     def pins(self) -> dict[str, Spec]:
         pins = self.specs_of(self.annotation)
+        if self.as_laid:
+            pins = {**saved_values(self.graph, pins), **pins}
         if self.meaning is not Meaning.PROGRAM:
             return pins
         return {**pins, **part_copies(self.graph, pins)}

@@ -20,6 +20,7 @@ from planner.graph.vjp import VJPS, add_up
 from planner.model import AUTO, RECOMPUTES_ALL, Model, Training
 
 AGAIN = "~"  # suffix of a recomputed tensor
+SAVED = ".saved"  # ends the names of stacks of values that a loop saves for its backward pass
 
 
 @dataclass(frozen=True)
@@ -588,7 +589,7 @@ class Saved:
     def _stack(self, name: str) -> str:
         """The stacked outer copy of a body tensor, declared on first use."""
         t = self.scope.lookup(name)
-        stack = f"{name}.saved"
+        stack = name + SAVED
         if stack not in self.outer.tensors:
             shape = (self.loop.times, *t.shape)
             dim = "repeats" if "layers" in t.dims else "layers"

@@ -10,7 +10,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from costmodels.summary import collectives
+from costmodels.summary import beyond_fit, collectives
 from planner.annotations import as_lists, axes_by_name
 from planner.export.jsontext import finite
 from planner.graph.core import Loop
@@ -21,6 +21,7 @@ from planner.result import Result
 from planner.search.candidates import Trial, front
 
 SCHEMA_VERSION = 1
+WORTH_SAYING = 0.1  # of computing time beyond what efficiencies were fitted to
 
 
 def document(planned: Planned) -> dict[str, Any]:
@@ -95,6 +96,12 @@ def notes(planned: Planned) -> tuple[str, ...]:
     found += [*_loops(result.model), *padding_notes(result)]
     if result.step_time_range_s is None:
         found.append("step time: no run on this chip has been compared with its prediction")
+    beyond = beyond_fit(result.program, result.mesh)
+    if beyond >= WORTH_SAYING:
+        found.append(
+            f"step time: {beyond:.0%} of its computing is in products smaller or larger than those "
+            "that efficiencies were fitted to"
+        )
     published = result.model.published_parameters
     if published is not None:
         off = result.graph.parameter_count / published - 1

@@ -38,6 +38,8 @@ def test_a_fit_finds_the_table_behind_its_sample(name: str) -> None:
     assert found.error < 0.02
     assert found.cross_validated is not None
     assert found.cross_validated < 0.03
+    sides = [side for s in sample if s.matmul for side in s.matmul[1:]]
+    assert found.table.sizes == (min(sides), max(sides))
     unseen = kernels(2, 20)
     expected = predicted(truth, chip, unseen)
     assert predicted(found.table, chip, unseen) == pytest.approx(expected, rel=0.1)

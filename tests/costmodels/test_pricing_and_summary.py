@@ -10,7 +10,7 @@ from small_programs import MESHES, Draft, mesh_of, programs
 from costmodels.collectives import collective_seconds
 from costmodels.pricing import instruction_seconds, is_network, kernel_seconds, prices
 from costmodels.program import CarryBuffers, Collective, Compute, LoopStep, Step
-from costmodels.summary import collectives, totals
+from costmodels.summary import beyond_fit, collectives, totals
 
 
 @settings(max_examples=100, deadline=None)
@@ -63,3 +63,18 @@ def test_equal_collectives_of_a_loop_are_one_row():
     assert (row.kind, row.axes, row.tensor) == ("all-reduce", ("x",), "h")
     assert (row.bytes, row.count) == (1000, 16)
     assert row.seconds == pytest.approx(collective_seconds(mesh, "all-reduce", ("x",), 1000))
+
+
+@pytest.mark.parametrize(
+    ("side", "outside"), [(32, True), (64, False), (25600, False), (30000, True)]
+)
+def test_products_beyond_what_was_fitted_count_by_their_time(side, outside):
+    d = Draft()
+    a, b, c = d.new(), d.new(), d.new()
+    product, pass_ = d.matmul((a,), (b,), side), d.compute((b,), (c,), 1e9)
+    program = d.program((Step("all", (product, pass_)),), (a,), (c,))
+    mesh = mesh_of("tpu-v3:2x1")
+    seconds = [instruction_seconds(mesh, i) for i in (product, pass_)]
+    share = seconds[0] / sum(seconds) if outside else 0
+    assert beyond_fit(program, mesh) == pytest.approx(share)
+    assert beyond_fit(program, mesh_of("dgx-a100-80gb:1x4")) == 0  # nobody says

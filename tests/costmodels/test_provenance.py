@@ -16,7 +16,7 @@ from meshes.document import MARKS
 DATA = files("costmodels") / "data"
 TABLES = sorted(f.name for f in DATA.iterdir() if f.name != "spread.yaml")
 SMALL = (0, 0.5, *range(1, 9))
-ABOUT = {"schema_version", "sources", "marks", "fit_error"}
+ABOUT = {"schema_version", "sources", "marks", "fit_error", "sizes"}
 
 
 def load(name: str) -> dict:
