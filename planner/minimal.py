@@ -1,8 +1,10 @@
 """The fewest annotations from which propagation recovers a plan.
 
 Annotations are dropped as long as what propagation makes of the rest is, priced, within
-MAX_SLOWDOWN and MAX_GROWTH of what all annotations are, and none can be dropped in the end.
-Both are priced as annotations are read, which bind gradients too; a plan itself may be faster.
+MAX_SLOWDOWN and MAX_GROWTH of the plan, and none can be dropped in the end. Compilers settle
+disagreements between tensors differently: a set of annotations counts only if it holds under each
+of the ways in `propagate.Settling`. Plans differ in how much they leave to be settled, so the
+search also starts from one that is chosen to leave little (planner.sharding.agreement).
 """
 
 from __future__ import annotations
@@ -12,47 +14,57 @@ from dataclasses import dataclass, field
 
 from planner.annotations import Axes, annotated, stacked_dims
 from planner.errors import InputError
-from planner.pins import PinError
-from planner.planning import Options, Unsolved, price_annotations
+from planner.graph.core import Graph
+from planner.pins import PinError, copies_of_parameters
+from planner.planning import Infeasible, Options, Unsolved, agreeing_plan, price_annotations
 from planner.progress import Progress
 from planner.result import Result
 from planner.sharding.formulate import Unsatisfiable
-from planner.sharding.propagate import propagate
+from planner.sharding.propagate import USUAL, Settling, propagate
 from planner.sharding.spec import Spec
 
 MAX_SLOWDOWN = 0.01  # plans within 1 % of the step time count as equally good
 MAX_GROWTH = 0.05  # of the peak memory: a plan that fits may not eat all the room that is left
+DISPUTE_SHARE = 0.003  # of the step time that a plan may be slower to leave one thing less open
 Names = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Minimal:
-    """`annotations` are the ones that are left, `result` the plan that they stand for, `full` the
-    one of all `count` annotations of the plan. Like layers count as one and have one."""
+    """`annotations` are the ones that are left, `result` the plan that they stand for. The plan
+    that was asked for has `count` annotations. Like layers count as one and have one."""
 
     annotations: Mapping[str, Axes]
     result: Result
-    full: Result
     count: int
 
 
 def minimal(
     result: Result, options: Options | None = None, progress: Progress | None = None
 ) -> Minimal:
-    """Raises InputError for a pipeline, or if the annotations of the plan stand for no plan."""
+    """Raises InputError for a pipeline, or if no annotations stand for the plan."""
     if result.model.pipeline is not None:
         raise InputError("--minimal is not for pipelines", "their stages are programs of their own")
-    annotations = {a.name: a.axes for a in annotated(result)}
-    search = _Search(result, annotations, options or Options(), progress)
-    full = search.priced(tuple(annotations))
-    if full is None:
-        raise InputError(f"{result.model.name}: no plan keeps all of its annotations")
-    names = search.smallest(tuple(annotations), full)
-    found = search.priced(names)
-    return Minimal({n: annotations[n] for n in names}, found or full, full, len(annotations))
+    options = options or Options()
+    found: list[_Search] = []
+    for start in (_agreeing(result, options), result):
+        if start is None:
+            continue
+        search = _Search(result, {a.name: a.axes for a in annotated(start)}, options, progress)
+        if search.smallest():
+            found.append(search)
+    if not found:
+        raise InputError(f"{result.model.name}: propagation recovers the plan from no annotations")
+    best = min(found, key=lambda search: len(search.names))
+    kept = {name: best.annotations[name] for name in best.names}
+    priced = best.priced(best.names, USUAL)
+    assert priced is not None  # it was accepted
+    return Minimal(kept, priced, len(annotated(result)))
 
 
-def completed(result: Result, annotations: Mapping[str, Axes]) -> dict[str, Axes]:
+def completed(
+    result: Result, annotations: Mapping[str, Axes], settling: Settling = USUAL
+) -> dict[str, Axes]:
     """What propagation makes of a few annotations: the axes of every tensor of the model."""
     graph = result.model.graph
     tensors = graph.all_tensors()
@@ -60,56 +72,87 @@ def completed(result: Result, annotations: Mapping[str, Axes]) -> dict[str, Axes
     for name, axes in annotations.items():
         whole = len(tensors[name].shape) - len(axes)  # stacked dimensions are left out
         given[name] = Spec((*((),) * whole, *axes))
-    specs = propagate(graph, given, dict(result.mesh.axes))
+    specs = propagate(graph, given, dict(result.mesh.axes), settling)
     names = [a.name for a in annotated(result)]
     return {name: specs[name].dims[stacked_dims(tensors[name]) :] for name in names}
 
 
+def _agreeing(result: Result, options: Options) -> Result | None:
+    """A plan that is about as fast and leaves less to be settled."""
+    dispute_s = DISPUTE_SHARE * result.timing.step_time_s
+    try:
+        return agreeing_plan(result.model, result.mesh, options, dispute_s)
+    except (Infeasible, Unsolved):
+        return None
+
+
 @dataclass
 class _Search:
-    result: Result
+    """`names`: the annotations that are left."""
+
+    plan: Result
     annotations: Mapping[str, Axes]
     options: Options
     progress: Progress | None
+    names: Names = ()
     seen: dict[tuple[tuple[str, Axes], ...], Result | None] = field(default_factory=dict)
 
-    def smallest(self, names: Names, full: Result) -> Names:
-        """Drops halves, quarters, … and in the end single ones, until no single one can go."""
-        size = len(names) // 2 or 1
+    def smallest(self) -> bool:
+        """Drops halves, quarters, … and in the end single ones, until no single one can go.
+        Whether what is left recovers the plan.
+
+        All annotations together may not: they bind gradients that the plan lays otherwise.
+        """
+        self.names = tuple(_offered(self.plan.model.graph, self.annotations))
+        size = len(self.names) // 2 or 1
+        reached = self.recovers(self.names)
         while True:
-            before = len(names)
-            for part in _parts(names, size):
-                rest = tuple(n for n in names if n not in part)
-                if self.recovers(rest, full):
-                    names = rest
-                    self.say(f"{len(names)} annotations")
+            before = len(self.names)
+            for part in _parts(self.names, size):
+                rest = tuple(n for n in self.names if n not in part)
+                if self.recovers(rest):
+                    reached = True
+                elif reached or not self.nears(rest):
+                    continue
+                self.names = rest
+                self.say(f"{len(rest)} annotations")
             # Dropping one may make another superfluous: singles are tried until none can go.
-            if size == 1 and len(names) == before:
-                return names
+            if size == 1 and len(self.names) == before:
+                return reached
             size = max(size // 2, 1)
 
-    def recovers(self, names: Names, full: Result) -> bool:
-        found = self.priced(names)
-        if found is None:
+    def recovers(self, names: Names) -> bool:
+        """Whether all ways to settle disagreements lead to what is as good as the plan."""
+        limit_s = self.plan.timing.step_time_s * (1 + MAX_SLOWDOWN)
+        limit_bytes = self.plan.memory.peak_bytes * (1 + MAX_GROWTH)
+        for settling in Settling.every():
+            found = self.priced(names, settling)
+            if found is None or found.timing.step_time_s > limit_s:
+                return False
+            if found.memory.peak_bytes > limit_bytes or found.fits != self.plan.fits:
+                return False
+        return True
+
+    def nears(self, names: Names) -> bool:
+        """Whether fewer annotations are at least not slower, or larger."""
+        now, then = self.priced(self.names, USUAL), self.priced(names, USUAL)
+        if now is None or then is None:
             return False
-        limit_s = full.timing.step_time_s * (1 + MAX_SLOWDOWN)
-        limit_bytes = full.memory.peak_bytes * (1 + MAX_GROWTH)
         return (
-            found.timing.step_time_s <= limit_s
-            and found.memory.peak_bytes <= limit_bytes
-            and found.fits == full.fits
+            then.timing.step_time_s <= now.timing.step_time_s
+            and then.memory.peak_bytes <= now.memory.peak_bytes
         )
 
-    def priced(self, names: Names) -> Result | None:
+    def priced(self, names: Names, settling: Settling) -> Result | None:
         """The plan that the annotations stand for; None if they stand for none."""
-        axes = completed(self.result, {n: self.annotations[n] for n in names})
+        axes = completed(self.plan, {n: self.annotations[n] for n in names}, settling)
         key = tuple(axes.items())
         if key not in self.seen:
             self.seen[key] = self._price(axes)
         return self.seen[key]
 
     def _price(self, axes: Mapping[str, Axes]) -> Result | None:
-        model, mesh = self.result.model, self.result.mesh
+        model, mesh = self.plan.model, self.plan.mesh
         try:
             return price_annotations(model, mesh, axes, self.options)
         except (PinError, Unsatisfiable, Unsolved):  # such a completion is no plan
@@ -120,7 +163,24 @@ class _Search:
             self.progress(text)
 
 
+def _offered(graph: Graph, annotations: Mapping[str, Axes]) -> Iterator[str]:
+    """What a program would annotate, what people annotate first: what loops hand on, parameters,
+    the rest. Casts lie like what is cast, and what enters and leaves a loop like what it hands on:
+    a compiler is told best in the loop."""
+    loops = list(graph.loops())
+    entries = [c.entry for loop in loops for c in loop.carries]
+    hidden = copies_of_parameters(graph)
+    hidden |= {name for loop in loops for c in loop.carries for name in (c.init, c.result, c.exit)}
+    tensors = graph.all_tensors()
+    named = [n for n in annotations if n not in hidden]
+    yield from (n for n in entries if n in named)
+    for parameters in (True, False):
+        for name in named:
+            if name not in entries and (tensors[name].role == "parameter") == parameters:
+                yield name
+
+
 def _parts(names: Names, size: int) -> Iterator[frozenset[str]]:
-    """Last ones first: what flows forward from earlier tensors is dropped before these."""
+    """Last ones first."""
     for stop in range(len(names), 0, -size):
         yield frozenset(names[max(stop - size, 0) : stop])

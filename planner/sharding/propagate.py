@@ -3,7 +3,8 @@
 Pure rules on a graph, no prices: given specs are kept, everything else starts whole and is only
 ever split further. As in GSPMD (section 3.5 of its paper), ops that map dimensions one to one go
 first, ops that sum or contract last; information flows forward and backward, shardings of
-different dimensions are merged, and the tensors that a loop hands on lie alike.
+different dimensions are merged, and the tensors that a loop hands on lie alike. Where tensors
+disagree, compilers differ: `Settling` says how it is settled here.
 """
 
 from __future__ import annotations
@@ -31,7 +32,27 @@ class _Link:
     outs: tuple[tuple[str, Dims], ...]
 
 
-def propagate(graph: Graph, given: Mapping[str, Spec], sizes: Sizes) -> dict[str, Spec]:
+@dataclass(frozen=True)
+class Settling:
+    """Who is heard where tensors disagree: the first to speak, in rounds that go `backward_first`
+    or forward first, and of several that speak at once the largest or the `smallest`."""
+
+    backward_first: bool = False
+    smallest: bool = False
+
+    @classmethod
+    def every(cls) -> Iterator[Settling]:
+        for smallest in (False, True):
+            for backward_first in (False, True):
+                yield cls(backward_first, smallest)
+
+
+USUAL = Settling()
+
+
+def propagate(
+    graph: Graph, given: Mapping[str, Spec], sizes: Sizes, settling: Settling = USUAL
+) -> dict[str, Spec]:
     """The spec of every tensor of a forward graph; `given` ones (with all dimensions) are kept."""
     tensors = graph.all_tensors()
     specs = {name: replicated(len(t.shape)) for name, t in tensors.items()}
@@ -41,9 +62,9 @@ def propagate(graph: Graph, given: Mapping[str, Spec], sizes: Sizes) -> dict[str
     while priority <= CONTRACTS:
         chosen = [link for link in links if link.priority <= priority]
         changed = False
-        for backward in (False, True):
+        for backward in (settling.backward_first, not settling.backward_first):
             for link in reversed(chosen) if backward else chosen:
-                changed |= _pass(link, backward, specs, given, sizes)
+                changed |= _pass(link, backward, specs, given, sizes, settling.smallest)
         # News may let an op of higher priority decide what lower ones would decide otherwise.
         priority = ONE_TO_ONE if changed else priority + 1
     return specs
@@ -105,14 +126,16 @@ def _one_to_one(rule: Rule) -> bool:
 
 def _pass(
     link: _Link, backward: bool, specs: dict[str, Spec], given: Mapping[str, Spec],
-    sizes: Sizes,
+    sizes: Sizes, smallest: bool,
 ) -> bool:  # fmt: skip
     """Splits the tensors behind the link further; whether it did."""
     sources, targets = (link.outs, link.ins) if backward else (link.ins, link.outs)
     if backward and link.priority == CONTRACTS:
         sources = (*sources, *link.ins)  # what is contracted is only known to the other operand
     # Where two disagree, moving the larger tensor would cost more.
-    known = sorted(sources, key=lambda source: -_elements(source[1], link.sizes))
+    known = sorted(
+        sources, key=lambda source: _elements(source[1], link.sizes), reverse=not smallest
+    )
     changed = False
     for name, dims in targets:
         if name in given:
