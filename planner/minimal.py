@@ -9,8 +9,9 @@ search also starts from one that is chosen to leave little (planner.sharding.agr
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 
 from planner.annotations import Axes, annotated, stacked_dims
 from planner.errors import InputError
@@ -95,31 +96,41 @@ class _Search:
     options: Options
     progress: Progress | None
     names: Names = ()
+    reached: bool = False  # whether `names` recover the plan
     seen: dict[tuple[tuple[str, Axes], ...], Result | None] = field(default_factory=dict)
 
     def smallest(self) -> bool:
-        """Drops halves, quarters, … and in the end single ones, until no single one can go.
-        Whether what is left recovers the plan.
+        """Drops halves, quarters, … and single ones of each group, then of all single ones, until
+        none can go. Whether what is left recovers the plan.
 
         All annotations together may not: they bind gradients that the plan lays otherwise.
         """
-        self.names = tuple(_offered(self.plan.model.graph, self.annotations))
-        size = len(self.names) // 2 or 1
-        reached = self.recovers(self.names)
-        while True:
-            before = len(self.names)
-            for part in _parts(self.names, size):
-                rest = tuple(n for n in self.names if n not in part)
-                if self.recovers(rest):
-                    reached = True
-                elif reached or not self.nears(rest):
-                    continue
-                self.names = rest
-                self.say(f"{len(rest)} annotations")
-            # Dropping one may make another superfluous: singles are tried until none can go.
-            if size == 1 and len(self.names) == before:
-                return reached
-            size = max(size // 2, 1)
+        groups = _groups(self.plan.model.graph, self.annotations)
+        self.names = tuple(name for group in reversed(groups) for name in group)
+        self.reached = self.recovers(self.names)
+        for group in groups:
+            size = len(group)
+            while size:
+                self.drop(group, size)
+                size //= 2
+        count = 0
+        while count != len(self.names):  # dropping one may make another superfluous
+            count = len(self.names)
+            self.drop(self.names, 1)
+        return self.reached
+
+    def drop(self, names: Names, size: int) -> None:
+        """Tries to drop `size` of `names` at a time, the last ones first."""
+        left = [n for n in names if n in self.names]
+        for stop in range(len(left), 0, -size):
+            part = left[max(stop - size, 0) : stop]
+            rest = tuple(n for n in self.names if n not in part)
+            if self.recovers(rest):
+                self.reached = True
+            elif self.reached or not self.nears(rest):
+                continue
+            self.names = rest
+            self.say(f"{len(rest)} annotations")
 
     def recovers(self, names: Names) -> bool:
         """Whether all ways to settle disagreements lead to what is as good as the plan."""
@@ -163,24 +174,21 @@ class _Search:
             self.progress(text)
 
 
-def _offered(graph: Graph, annotations: Mapping[str, Axes]) -> Iterator[str]:
-    """What a program would annotate, what people annotate first: what loops hand on, parameters,
-    the rest. Casts lie like what is cast, and what enters and leaves a loop like what it hands on:
-    a compiler is told best in the loop."""
-    loops = list(graph.loops())
-    entries = [c.entry for loop in loops for c in loop.carries]
-    hidden = copies_of_parameters(graph)
-    hidden |= {name for loop in loops for c in loop.carries for name in (c.init, c.result, c.exit)}
+def _groups(graph: Graph, annotations: Mapping[str, Axes]) -> tuple[Names, Names, Names]:
+    """What a program would annotate, the other way round from how people do it: activations, the
+    parameters, largest first, and what loops hand on.
+
+    Casts lie like what is cast, and what enters and leaves a loop like what it hands on: a
+    compiler is told best in the loop.
+    """
+    carries = [carry for loop in graph.loops() for carry in loop.carries]
+    entries = [c.entry for c in carries if c.entry in annotations]
+    hidden = copies_of_parameters(graph).union(entries)
+    hidden |= {name for c in carries for name in (c.init, c.result, c.exit)}
     tensors = graph.all_tensors()
-    named = [n for n in annotations if n not in hidden]
-    yield from (n for n in entries if n in named)
-    for parameters in (True, False):
-        for name in named:
-            if name not in entries and (tensors[name].role == "parameter") == parameters:
-                yield name
-
-
-def _parts(names: Names, size: int) -> Iterator[frozenset[str]]:
-    """Last ones first."""
-    for stop in range(len(names), 0, -size):
-        yield frozenset(names[max(stop - size, 0) : stop])
+    named = [tensors[n] for n in annotations if n not in hidden]
+    parameters = sorted(
+        (t for t in named if t.role == "parameter"), key=lambda t: prod(t.shape), reverse=True
+    )
+    rest = tuple(t.name for t in named if t.role != "parameter")
+    return rest, tuple(t.name for t in parameters), tuple(entries)

@@ -1,7 +1,7 @@
 """Where a plan asks something of a tensor that propagation cannot know.
 
 A reader finds a tensor in the spec where it lies and follows it, with two exceptions that every
-compiler makes: a dimension that is summed over may be gathered, since its axes can be needed
+compiler makes: dimensions that are summed over may be gathered, since their axes can be needed
 elsewhere in the same product (weights stored in pieces, activations split along the model
 dimension), and whatever is whole may be split further. Every other resharding is a *dispute*: two
 tensors at an op ask for different things, and compilers settle that differently.
@@ -21,8 +21,8 @@ from planner.sharding.flow import Conversion
 from planner.sharding.spec import Spec
 
 DISPUTE = 2.0
-# A weight that is read otherwise than it lies: what it is read with is the larger tensor, and
-# decides.
+# A weight lies split where its product is not. The product is known from elsewhere more often
+# than not: what it is added to or read with is larger, and the same for all layers.
 DISPUTE_OF_WEIGHT = 1.0
 
 
@@ -71,10 +71,10 @@ class Agreement:
         if c.phase != "forward":
             return found
         summed = self._summed_dims(c.tensor) or frozenset()
-        each = DISPUTE_OF_WEIGHT if c.tensor in self.weights else DISPUTE
+        weight = c.tensor in self.weights
         for i, source in enumerate(sources):
             for j, target in enumerate(targets):
-                found[i, j] = each * (not _follows(source, target, summed))
+                found[i, j] = _disputes(source, target, summed, weight)
         return found
 
     def _summed_dims(self, name: str) -> frozenset[int] | None:
@@ -99,10 +99,13 @@ class Agreement:
         return frozenset()
 
 
-def _follows(source: Spec, target: Spec, summed: frozenset[int]) -> bool:
-    for i in range(1, min(len(source.dims), len(target.dims)) + 1):
-        lies, read = source.dims[-i], target.dims[-i]
-        follows = read[: len(lies)] == lies
-        if not follows and not (-i in summed and lies[: len(read)] == read):
-            return False
-    return True
+def _disputes(source: Spec, target: Spec, summed: frozenset[int], weight: bool) -> float:
+    both = min(len(source.dims), len(target.dims))
+    dims = {-i: (source.dims[-i], target.dims[-i]) for i in range(1, both + 1)}
+    followed = {i for i, (lies, read) in dims.items() if read[: len(lies)] == lies}
+    if not followed.issuperset(dims.keys() - summed):
+        return DISPUTE_OF_WEIGHT if weight else DISPUTE
+    if followed.issuperset(dims):
+        return 0.0
+    # Summed over by some of the axes, and gathered along others: which, nobody can know.
+    return DISPUTE if any(dims[i][1] for i in summed if i in dims) else 0.0
