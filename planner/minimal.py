@@ -9,17 +9,18 @@ search also starts from one that is chosen to leave little (planner.sharding.agr
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 
 from planner.annotations import Axes, annotated, stacked_dims
 from planner.errors import InputError
-from planner.graph.core import Graph
+from planner.graph.core import Graph, Op
 from planner.pins import PinError, copies_of_parameters
 from planner.planning import Infeasible, Options, Unsolved, agreeing_plan, price_annotations
 from planner.progress import Progress
 from planner.result import Result
+from planner.sharding.agreement import Agreement
 from planner.sharding.formulate import Unsatisfiable
 from planner.sharding.propagate import USUAL, Settling, propagate
 from planner.sharding.spec import Spec
@@ -51,7 +52,7 @@ def minimal(
     for start in (_agreeing(result, options), result):
         if start is None:
             continue
-        search = _Search(result, {a.name: a.axes for a in annotated(start)}, options, progress)
+        search = _Search(result, _as_read(start), options, progress)
         if search.smallest():
             found.append(search)
     if not found:
@@ -87,6 +88,26 @@ def _agreeing(result: Result, options: Options) -> Result | None:
         return None
 
 
+def _as_read(start: Result) -> dict[str, Axes]:
+    """The annotations of a plan; of tensors that are made one way and read another way, how they
+    are read: that they are moved is then said."""
+    found = {a.name: a.axes for a in annotated(start)}
+    agreement = Agreement(start.graph)
+    reads: dict[str, set[Spec]] = {}
+    for op in _forward(start.graph):
+        for i, name in enumerate(op.ins):
+            reads.setdefault(name, set()).add(start.plan.choices[op.name].operand(op.rule, i))
+    tensors = start.graph.all_tensors()
+    for name in found:
+        ways = reads.get(name, set())
+        if tensors[name].role != "activation" or len(ways) != 1 or name not in start.specs:
+            continue
+        (read,) = ways
+        if not read.partial and agreement.between(name, start.specs[name], read):
+            found[name] = read.dims
+    return found
+
+
 @dataclass
 class _Search:
     """`names`: the annotations that are left."""
@@ -95,9 +116,14 @@ class _Search:
     annotations: Mapping[str, Axes]
     options: Options
     progress: Progress | None
+    agreement: Agreement = field(init=False)
     names: Names = ()
+    inherent: float = 0.0  # disputes that no annotation avoids
     reached: bool = False  # whether `names` recover the plan
     seen: dict[tuple[tuple[str, Axes], ...], Result | None] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.agreement = Agreement(self.plan.graph)
 
     def smallest(self) -> bool:
         """Drops halves, quarters, … and single ones of each group, then of all single ones, until
@@ -107,6 +133,10 @@ class _Search:
         """
         groups = _groups(self.plan.model.graph, self.annotations)
         self.names = tuple(name for group in reversed(groups) for name in group)
+        everything = self.priced(self.names, USUAL)
+        if everything is None:
+            return False
+        self.inherent = self.disputes(everything, self.names)
         self.reached = self.recovers(self.names)
         for group in groups:
             size = len(group)
@@ -142,7 +172,24 @@ class _Search:
                 return False
             if found.memory.peak_bytes > limit_bytes or found.fits != self.plan.fits:
                 return False
+            if self.disputes(found, names) > self.inherent:
+                return False
         return True
+
+    def disputes(self, found: Result, names: Names) -> float:
+        """Of the ops' operands, and of the results that no annotation names."""
+        total = 0.0
+        order = [axis for axis, _ in found.mesh.axes]
+        for op in _forward(found.graph):
+            choice, made = found.plan.choices[op.name], op.outs[0]
+            for i, name in enumerate(op.ins):
+                if name in found.specs:
+                    read = choice.operand(op.rule, i)
+                    total += self.agreement.between(name, found.specs[name], read)
+            if made not in names and made in found.specs:
+                result = choice.result(op.rule, 0, order).without_partial()
+                total += self.agreement.between(made, result, found.specs[made])
+        return total
 
     def nears(self, names: Names) -> bool:
         """Whether fewer annotations are at least not slower, or larger."""
@@ -172,6 +219,10 @@ class _Search:
     def say(self, text: str) -> None:
         if self.progress is not None:
             self.progress(text)
+
+
+def _forward(graph: Graph) -> Iterator[Op]:
+    return (op for op, _ in graph.walk() if op.phase == "forward")
 
 
 def _groups(graph: Graph, annotations: Mapping[str, Axes]) -> tuple[Names, Names, Names]:

@@ -70,12 +70,15 @@ class Agreement:
         found = np.zeros((len(sources), len(targets)))
         if c.phase != "forward":
             return found
-        summed = self._summed_dims(c.tensor) or frozenset()
-        weight = c.tensor in self.weights
         for i, source in enumerate(sources):
             for j, target in enumerate(targets):
-                found[i, j] = _disputes(source, target, summed, weight)
+                found[i, j] = self.between(c.tensor, source, target)
         return found
+
+    def between(self, name: str, source: Spec, target: Spec) -> float:
+        """What to count where tensor `name` lies one way and is needed another way."""
+        summed = self._summed_dims(name) or frozenset()
+        return _disputes(source, target, summed, name in self.weights)
 
     def _summed_dims(self, name: str) -> frozenset[int] | None:
         """The dimensions that all of its readers sum over, counted from the last one as -1.
@@ -107,5 +110,8 @@ def _disputes(source: Spec, target: Spec, summed: frozenset[int], weight: bool) 
         return DISPUTE_OF_WEIGHT if weight else DISPUTE
     if followed.issuperset(dims):
         return 0.0
-    # Summed over by some of the axes, and gathered along others: which, nobody can know.
-    return DISPUTE if any(dims[i][1] for i in summed if i in dims) else 0.0
+    # Summed over by some of the axes, and gathered along others: which, nobody can know. Nor that
+    # an axis is to leave the sum for another dimension.
+    gathered = {axis for i in dims.keys() - followed for axis in dims[i][0]}
+    parted = any(dims[i][1] for i in summed.intersection(dims))
+    return DISPUTE if parted or gathered.intersection(target.axes) else 0.0
