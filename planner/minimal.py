@@ -2,9 +2,9 @@
 
 Annotations are dropped as long as what propagation makes of the rest is, priced, within
 MAX_SLOWDOWN and MAX_GROWTH of the plan, and none can be dropped in the end. Compilers settle
-disagreements between tensors differently: a set of annotations counts only if it holds under each
-of the ways in `propagate.Settling`. Plans differ in how much they leave to be settled, so the
-search also starts from one that is chosen to leave little (planner.sharding.agreement).
+disagreements between tensors differently: a set of annotations counts only if it recovers the plan
+whichever is followed, and leaves no dispute (planner.sharding.agreement) that all annotations
+together would not. Plans differ in that, so the search also starts from one with few disputes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from planner.progress import Progress
 from planner.result import Result
 from planner.sharding.agreement import Agreement
 from planner.sharding.formulate import Unsatisfiable
-from planner.sharding.propagate import USUAL, Settling, propagate
+from planner.sharding.propagate import propagate
 from planner.sharding.spec import Spec
 
 MAX_SLOWDOWN = 0.01  # plans within 1 % of the step time count as equally good
@@ -52,20 +52,20 @@ def minimal(
     for start in (_agreeing(result, options), result):
         if start is None:
             continue
-        search = _Search(result, _as_read(start), options, progress)
+        search = _Search(result, _told(start), options, progress)
         if search.smallest():
             found.append(search)
     if not found:
         raise InputError(f"{result.model.name}: propagation recovers the plan from no annotations")
     best = min(found, key=lambda search: len(search.names))
     kept = {name: best.annotations[name] for name in best.names}
-    priced = best.priced(best.names, USUAL)
+    priced = best.priced(best.names)
     assert priced is not None  # it was accepted
     return Minimal(kept, priced, len(annotated(result)))
 
 
 def completed(
-    result: Result, annotations: Mapping[str, Axes], settling: Settling = USUAL
+    result: Result, annotations: Mapping[str, Axes], smallest: bool = False
 ) -> dict[str, Axes]:
     """What propagation makes of a few annotations: the axes of every tensor of the model."""
     graph = result.model.graph
@@ -74,7 +74,7 @@ def completed(
     for name, axes in annotations.items():
         whole = len(tensors[name].shape) - len(axes)  # stacked dimensions are left out
         given[name] = Spec((*((),) * whole, *axes))
-    specs = propagate(graph, given, dict(result.mesh.axes), settling)
+    specs = propagate(graph, given, dict(result.mesh.axes), smallest)
     names = [a.name for a in annotated(result)]
     return {name: specs[name].dims[stacked_dims(tensors[name]) :] for name in names}
 
@@ -88,23 +88,20 @@ def _agreeing(result: Result, options: Options) -> Result | None:
         return None
 
 
-def _as_read(start: Result) -> dict[str, Axes]:
-    """The annotations of a plan; of tensors that are made one way and read another way, how they
-    are read: that they are moved is then said."""
+def _told(start: Result) -> dict[str, Axes]:
+    """The annotations of a plan. Where its one reader wants an axis to leave a sum, a tensor is
+    annotated as it is read: it is moved before."""
     found = {a.name: a.axes for a in annotated(start)}
     agreement = Agreement(start.graph)
     reads: dict[str, set[Spec]] = {}
     for op in _forward(start.graph):
         for i, name in enumerate(op.ins):
             reads.setdefault(name, set()).add(start.plan.choices[op.name].operand(op.rule, i))
-    tensors = start.graph.all_tensors()
-    for name in found:
-        ways = reads.get(name, set())
-        if tensors[name].role != "activation" or len(ways) != 1 or name not in start.specs:
-            continue
-        (read,) = ways
-        if not read.partial and agreement.between(name, start.specs[name], read):
-            found[name] = read.dims
+    for name, ways in reads.items():
+        if name in found and len(ways) == 1:
+            (read,) = ways
+            if agreement.leaves_sum(name, start.specs[name], read):
+                found[name] = read.without_partial().dims
     return found
 
 
@@ -133,7 +130,7 @@ class _Search:
         """
         groups = _groups(self.plan.model.graph, self.annotations)
         self.names = tuple(name for group in reversed(groups) for name in group)
-        everything = self.priced(self.names, USUAL)
+        everything = self.priced(self.names)
         if everything is None:
             return False
         self.inherent = self.disputes(everything, self.names)
@@ -166,8 +163,8 @@ class _Search:
         """Whether all ways to settle disagreements lead to what is as good as the plan."""
         limit_s = self.plan.timing.step_time_s * (1 + MAX_SLOWDOWN)
         limit_bytes = self.plan.memory.peak_bytes * (1 + MAX_GROWTH)
-        for settling in Settling.every():
-            found = self.priced(names, settling)
+        for smallest in (False, True):
+            found = self.priced(names, smallest)
             if found is None or found.timing.step_time_s > limit_s:
                 return False
             if found.memory.peak_bytes > limit_bytes or found.fits != self.plan.fits:
@@ -177,15 +174,18 @@ class _Search:
         return True
 
     def disputes(self, found: Result, names: Names) -> float:
-        """Of the ops' operands, and of the results that no annotation names."""
+        """What no annotation settles: one of an op's result says how its operands are read,
+        except that an axis is to leave a sum."""
         total = 0.0
         order = [axis for axis, _ in found.mesh.axes]
         for op in _forward(found.graph):
             choice, made = found.plan.choices[op.name], op.outs[0]
             for i, name in enumerate(op.ins):
-                if name in found.specs:
-                    read = choice.operand(op.rule, i)
-                    total += self.agreement.between(name, found.specs[name], read)
+                if name not in found.specs:
+                    continue
+                lies, read = found.specs[name], choice.operand(op.rule, i)
+                if made not in names or self.agreement.leaves_sum(name, lies, read):
+                    total += self.agreement.between(name, lies, read)
             if made not in names and made in found.specs:
                 result = choice.result(op.rule, 0, order).without_partial()
                 total += self.agreement.between(made, result, found.specs[made])
@@ -193,7 +193,7 @@ class _Search:
 
     def nears(self, names: Names) -> bool:
         """Whether fewer annotations are at least not slower, or larger."""
-        now, then = self.priced(self.names, USUAL), self.priced(names, USUAL)
+        now, then = self.priced(self.names), self.priced(names)
         if now is None or then is None:
             return False
         return (
@@ -201,9 +201,9 @@ class _Search:
             and then.memory.peak_bytes <= now.memory.peak_bytes
         )
 
-    def priced(self, names: Names, settling: Settling) -> Result | None:
+    def priced(self, names: Names, smallest: bool = False) -> Result | None:
         """The plan that the annotations stand for; None if they stand for none."""
-        axes = completed(self.plan, {n: self.annotations[n] for n in names}, settling)
+        axes = completed(self.plan, {n: self.annotations[n] for n in names}, smallest)
         key = tuple(axes.items())
         if key not in self.seen:
             self.seen[key] = self._price(axes)

@@ -20,6 +20,8 @@ from planner.graph.core import Graph, Op
 from planner.sharding.flow import Conversion
 from planner.sharding.spec import Spec
 
+Axes = tuple[str, ...]
+
 DISPUTE = 2.0
 # A weight lies split where its product is not. The product is known from elsewhere more often
 # than not: what it is added to or read with is larger, and the same for all layers.
@@ -80,6 +82,12 @@ class Agreement:
         summed = self._summed_dims(name) or frozenset()
         return _disputes(source, target, summed, name in self.weights)
 
+    def leaves_sum(self, name: str, source: Spec, target: Spec) -> bool:
+        """Whether an axis that splits what is to be summed over is to split another dimension:
+        a compiler that is not told before the product sums over it."""
+        summed = self._summed_dims(name) or frozenset()
+        return bool(_gathered(source, target, summed).intersection(target.axes))
+
     def _summed_dims(self, name: str) -> frozenset[int] | None:
         """The dimensions that all of its readers sum over, counted from the last one as -1.
         None without readers."""
@@ -103,8 +111,7 @@ class Agreement:
 
 
 def _disputes(source: Spec, target: Spec, summed: frozenset[int], weight: bool) -> float:
-    both = min(len(source.dims), len(target.dims))
-    dims = {-i: (source.dims[-i], target.dims[-i]) for i in range(1, both + 1)}
+    dims = _dims(source, target)
     followed = {i for i, (lies, read) in dims.items() if read[: len(lies)] == lies}
     if not followed.issuperset(dims.keys() - summed):
         return DISPUTE_OF_WEIGHT if weight else DISPUTE
@@ -112,6 +119,18 @@ def _disputes(source: Spec, target: Spec, summed: frozenset[int], weight: bool) 
         return 0.0
     # Summed over by some of the axes, and gathered along others: which, nobody can know. Nor that
     # an axis is to leave the sum for another dimension.
-    gathered = {axis for i in dims.keys() - followed for axis in dims[i][0]}
     parted = any(dims[i][1] for i in summed.intersection(dims))
-    return DISPUTE if parted or gathered.intersection(target.axes) else 0.0
+    moved = _gathered(source, target, summed).intersection(target.axes)
+    return DISPUTE if parted or moved else 0.0
+
+
+def _gathered(source: Spec, target: Spec, of: frozenset[int]) -> set[str]:
+    """The axes of dimensions `of` that these do not keep."""
+    dims = _dims(source, target)
+    return {a for i in of.intersection(dims) for a in dims[i][0] if a not in dims[i][1]}
+
+
+def _dims(source: Spec, target: Spec) -> dict[int, tuple[Axes, Axes]]:
+    """By dimension, counted from the last one as -1; a slice lies like its stack."""
+    both = min(len(source.dims), len(target.dims))
+    return {-i: (source.dims[-i], target.dims[-i]) for i in range(1, both + 1)}

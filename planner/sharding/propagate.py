@@ -3,8 +3,7 @@
 Pure rules on a graph, no prices: given specs are kept, everything else starts whole and is only
 ever split further. As in GSPMD (section 3.5 of its paper), ops that map dimensions one to one go
 first, ops that sum or contract last; information flows forward and backward, shardings of
-different dimensions are merged, and the tensors that a loop hands on lie alike. Where tensors
-disagree, compilers differ: `Settling` says how it is settled here.
+different dimensions are merged, and the tensors that a loop hands on lie alike.
 """
 
 from __future__ import annotations
@@ -32,28 +31,13 @@ class _Link:
     outs: tuple[tuple[str, Dims], ...]
 
 
-@dataclass(frozen=True)
-class Settling:
-    """Who is heard where tensors disagree: the first to speak, in rounds that go `backward_first`
-    or forward first, and of several that speak at once the largest or the `smallest`."""
-
-    backward_first: bool = False
-    smallest: bool = False
-
-    @classmethod
-    def every(cls) -> Iterator[Settling]:
-        for smallest in (False, True):
-            for backward_first in (False, True):
-                yield cls(backward_first, smallest)
-
-
-USUAL = Settling()
-
-
 def propagate(
-    graph: Graph, given: Mapping[str, Spec], sizes: Sizes, settling: Settling = USUAL
+    graph: Graph, given: Mapping[str, Spec], sizes: Sizes, smallest: bool = False
 ) -> dict[str, Spec]:
-    """The spec of every tensor of a forward graph; `given` ones (with all dimensions) are kept."""
+    """The spec of every tensor of a forward graph; `given` ones (with all dimensions) are kept.
+
+    Where several tensors at an op disagree, the largest is followed, or the `smallest`.
+    """
     tensors = graph.all_tensors()
     specs = {name: replicated(len(t.shape)) for name, t in tensors.items()}
     specs.update(given)
@@ -62,9 +46,9 @@ def propagate(
     while priority <= CONTRACTS:
         chosen = [link for link in links if link.priority <= priority]
         changed = False
-        for backward in (settling.backward_first, not settling.backward_first):
+        for backward in (False, True):
             for link in reversed(chosen) if backward else chosen:
-                changed |= _pass(link, backward, specs, given, sizes, settling.smallest)
+                changed |= _pass(link, backward, specs, given, sizes, smallest)
         # News may let an op of higher priority decide what lower ones would decide otherwise.
         priority = ONE_TO_ONE if changed else priority + 1
     return specs
