@@ -27,7 +27,8 @@ from planner.sharding.spec import Spec
 
 MAX_SLOWDOWN = 0.01  # plans within 1 % of the step time count as equally good
 MAX_GROWTH = 0.05  # of the peak memory: a plan that fits may not eat all the room that is left
-DISPUTE_SHARE = 0.003  # of the step time that a plan may be slower to leave one thing less open
+# Of the step time that a plan may be slower to avoid a dispute: what ends within MAX_SLOWDOWN.
+DISPUTE_SHARES = (0.003, 0.001, 0.0003)
 Names = tuple[str, ...]
 
 
@@ -48,20 +49,21 @@ def minimal(
     if result.model.pipeline is not None:
         raise InputError("--minimal is not for pipelines", "their stages are programs of their own")
     options = options or Options()
-    found: list[_Search] = []
-    for start in (_agreeing(result, options), result):
-        if start is None:
-            continue
-        search = _Search(result, _told(start), options, progress)
-        if search.smallest():
-            found.append(search)
-    if not found:
-        raise InputError(f"{result.model.name}: propagation recovers the plan from no annotations")
-    best = min(found, key=lambda search: len(search.names))
-    kept = {name: best.annotations[name] for name in best.names}
-    priced = best.priced(best.names)
-    assert priced is not None  # it was accepted
-    return Minimal(kept, priced, len(annotated(result)))
+    starts = [*_agreeing(result, options), result]
+    # As good as the plan, or as all of its annotations: these bind gradients that the plan lays
+    # otherwise, and what it keeps in memory, so that they may stand for a slower or larger step.
+    for aim in (result, _read(result, _told(result), options)):
+        if aim is None:
+            break
+        searches = [_Search(result, aim, _told(start), options, progress) for start in starts]
+        found = [search for search in searches if search.smallest()]
+        if found:
+            best = min(found, key=lambda search: len(search.names))
+            priced = best.priced(best.names)
+            assert priced is not None  # it was accepted
+            kept = {name: best.annotations[name] for name in best.names}
+            return Minimal(kept, priced, len(annotated(result)))
+    raise InputError(f"{result.model.name}: propagation recovers the plan from no annotations")
 
 
 def completed(
@@ -79,12 +81,24 @@ def completed(
     return {name: specs[name].dims[stacked_dims(tensors[name]) :] for name in names}
 
 
-def _agreeing(result: Result, options: Options) -> Result | None:
-    """A plan that is about as fast and leaves less to be settled."""
-    dispute_s = DISPUTE_SHARE * result.timing.step_time_s
+def _agreeing(result: Result, options: Options) -> Iterator[Result]:
+    """A plan that is about as fast and leaves less to be settled, if there is one."""
+    for share in DISPUTE_SHARES:
+        dispute_s = share * result.timing.step_time_s
+        try:
+            found = agreeing_plan(result.model, result.mesh, options, dispute_s)
+        except (Infeasible, Unsolved):
+            return
+        if found.timing.step_time_s <= result.timing.step_time_s * (1 + MAX_SLOWDOWN):
+            yield found
+            return
+
+
+def _read(plan: Result, axes: Mapping[str, Axes], options: Options) -> Result | None:
+    """What annotations stand for; None if for no plan."""
     try:
-        return agreeing_plan(result.model, result.mesh, options, dispute_s)
-    except (Infeasible, Unsolved):
+        return price_annotations(plan.model, plan.mesh, axes, options)
+    except (PinError, Unsatisfiable, Unsolved):
         return None
 
 
@@ -107,9 +121,10 @@ def _told(start: Result) -> dict[str, Axes]:
 
 @dataclass
 class _Search:
-    """`names`: the annotations that are left."""
+    """`aim`: what the annotations must be as good as. `names`: those that are left."""
 
     plan: Result
+    aim: Result
     annotations: Mapping[str, Axes]
     options: Options
     progress: Progress | None
@@ -161,13 +176,13 @@ class _Search:
 
     def recovers(self, names: Names) -> bool:
         """Whether all ways to settle disagreements lead to what is as good as the plan."""
-        limit_s = self.plan.timing.step_time_s * (1 + MAX_SLOWDOWN)
-        limit_bytes = self.plan.memory.peak_bytes * (1 + MAX_GROWTH)
+        limit_s = self.aim.timing.step_time_s * (1 + MAX_SLOWDOWN)
+        limit_bytes = self.aim.memory.peak_bytes * (1 + MAX_GROWTH)
         for smallest in (False, True):
             found = self.priced(names, smallest)
             if found is None or found.timing.step_time_s > limit_s:
                 return False
-            if found.memory.peak_bytes > limit_bytes or found.fits != self.plan.fits:
+            if found.memory.peak_bytes > limit_bytes or found.fits != self.aim.fits:
                 return False
             if self.disputes(found, names) > self.inherent:
                 return False
@@ -206,15 +221,8 @@ class _Search:
         axes = completed(self.plan, {n: self.annotations[n] for n in names}, smallest)
         key = tuple(axes.items())
         if key not in self.seen:
-            self.seen[key] = self._price(axes)
+            self.seen[key] = _read(self.plan, axes, self.options)
         return self.seen[key]
-
-    def _price(self, axes: Mapping[str, Axes]) -> Result | None:
-        model, mesh = self.plan.model, self.plan.mesh
-        try:
-            return price_annotations(model, mesh, axes, self.options)
-        except (PinError, Unsatisfiable, Unsolved):  # such a completion is no plan
-            return None
 
     def say(self, text: str) -> None:
         if self.progress is not None:
