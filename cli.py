@@ -302,29 +302,47 @@ def export(
 @click.option("--backend", type=click.Choice(["cpu", "tpu", "gpu"]),
               help="Which compiler; the machine's own by default.")
 @click.option("--python", metavar="PATH", help="Interpreter of an environment that has it.")
+@click.option("--minimal", is_flag=True,
+              help="Whether the compiler recovers the plan from the fewest annotations.")
 @click.option("--time-limit", type=SECONDS, metavar="15min", help="Longest time of the compiler.")
 @click.option("--format", "form", type=click.Choice(["text", "json"]), default="text",
               help="What to print.")
 @common
 def verify(
-    model: str, backend: str | None, python: str | None, time_limit: float | None, form: str,
-    quiet: bool, color: str, **rest: Any,
+    model: str, backend: str | None, python: str | None, minimal: bool,
+    time_limit: float | None, form: str, quiet: bool, color: str, **rest: Any,
 ) -> int:
     """Compiles the plan of MODEL with XLA and compares it with what was predicted."""
+    from planner.minimal import minimal as fewest
     from planner.report.console import Screen
     from planner.report.document import as_json
     from planner.request import plan_or_read
-    from planner.verify import DEFAULT_TIMEOUT_S, document, text, verify
+    from planner.verify import (
+        DEFAULT_TIMEOUT_S,
+        document,
+        recovered,
+        recovered_document,
+        recovered_text,
+        text,
+        verify,
+    )
 
     screen = Screen(quiet, color)
     with screen.progress() as progress:
         planned = plan_or_read(model, lambda: _request(model, **rest), progress)
+        limit = time_limit or DEFAULT_TIMEOUT_S
+        few = fewest(planned.result, planned.options, progress) if minimal else None
         if progress is not None:
             progress("compiling")
-        limit = time_limit or DEFAULT_TIMEOUT_S
-        found = verify(planned.result, backend, python, timeout_s=limit)
-    screen.data(as_json(document(found)) if form == "json" else text(found))
-    return OK if found.ok else NO
+        if few is not None:
+            both = recovered(planned.result, few, backend, python, limit)
+            shown = recovered_document(both) if form == "json" else recovered_text(both)
+            ok = both.ok
+        else:
+            found = verify(planned.result, backend, python, timeout_s=limit)
+            shown, ok = document(found) if form == "json" else text(found), found.ok
+    screen.data(shown if isinstance(shown, str) else as_json(shown))
+    return OK if ok else NO
 
 
 @cli.command()

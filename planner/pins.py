@@ -89,7 +89,7 @@ def pinned_specs(
     that does not divide (`uneven`: of an argument of the step; others may be padded).
     """
     tensors = graph.all_tensors()
-    copies = _copies_of_parameters(graph)
+    copies = copies_of_parameters(graph)
     pins: dict[str, Spec] = {}
     for name, dims in annotation.items():
         if name not in tensors:
@@ -113,7 +113,8 @@ def pinned_specs(
     return pins
 
 
-def _copies_of_parameters(graph: Graph) -> set[str]:
+def copies_of_parameters(graph: Graph) -> set[str]:
+    """Parameters cast for computing."""
     tensors = graph.all_tensors()
     return {
         op.outs[0]

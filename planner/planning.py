@@ -39,6 +39,7 @@ from planner.plan import Plan, Proof
 from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
+from planner.sharding.agreement import of_parameters
 from planner.sharding.flow import Flow, build_flow
 from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_resharder
 from planner.sharding.reshard import Resharder
@@ -104,6 +105,18 @@ def plan_model(
     Raises Infeasible (with the least-memory plan), Unsolved, or PinError.
     """
     return _planning(model, mesh, options, model.constraints, progress).best()
+
+
+def agreeing_plan(
+    model: Model, mesh: LogicalMesh, options: Options | None, dispute_s: float,
+    progress: Progress | None = None,
+) -> Result:  # fmt: skip
+    """A plan that may take `dispute_s` seconds longer for every dispute that it avoids (see
+    planner.sharding.agreement). Not for pipelines. Raises what `plan_model` raises."""
+    annotation = in_loops(model.constraints, model.members)
+    return Planning(
+        model, mesh, options or Options(), annotation, progress, dispute_s=dispute_s
+    ).best()
 
 
 def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
@@ -187,6 +200,11 @@ class Candidate:
     program: Program
     memory: Memory
     timing: Timing
+    disputed_s: float = 0.0  # what its disputes count
+
+    @property
+    def seconds(self) -> float:
+        return self.timing.step_time_s + self.disputed_s
 
 
 @dataclass
@@ -200,6 +218,7 @@ class Planning:
     progress: Progress | None
     meaning: Meaning = Meaning.CONSTRAINTS
     as_laid: frozenset[str] = frozenset()  # annotated tensors that are read as they lie
+    dispute_s: float = 0.0  # what a dispute counts (see planner.sharding.agreement)
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
@@ -257,10 +276,7 @@ class Planning:
     @cached_property
     def prefetched(self) -> set[str]:
         """Parameters, what is made of them alone, and their gradients."""
-        found = {t.name for t in self.graph.all_tensors().values() if t.role == "parameter"}
-        for op, _ in self.graph.walk():
-            if op.ins and found.issuperset(op.ins):
-                found.update(op.outs)
+        found = of_parameters(self.graph)
         return found | {self.graph.cotangents[t] for t in found if t in self.graph.cotangents}
 
     @cached_property
@@ -285,7 +301,7 @@ class Planning:
                 if not found:
                     raise
                 break
-        fastest = min(found, key=lambda c: c.timing.step_time_s)
+        fastest = min(found, key=lambda c: c.seconds)
         # The proof concerns the unweighted surrogate.
         proof = replace(found[0].plan.proof, seconds=self.solving_s)
         if len(found) < len(weighted) and self.clock.limited:
@@ -299,7 +315,9 @@ class Planning:
         for pair, mesh in tied_meshes(self.mesh, self.annotation):
             self.say(f"tying axes {pair[0]} and {pair[1]}")
             tied = tied_annotation(self.annotation, pair)
-            planning = Planning(self.model, mesh, self.options, tied, self.progress)
+            planning = Planning(
+                self.model, mesh, self.options, tied, self.progress, dispute_s=self.dispute_s
+            )
             planning.clock = self.clock
             try:
                 result = planning.best()
@@ -392,7 +410,7 @@ class Planning:
         self.check_time(LAST_SHARE * (self.options.time_limit_s or 0.0))
         ahead, waiting = weights
         counts = [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
-        problem = self.space.problem(limit, self.active, counts)
+        problem = self.space.problem(limit, self.active, counts, self.dispute_s)
         self.say(f"solving for {problem.size} decisions")
         time_limit = self.clock.left() * SOLVE_SHARE if self.clock.limited else None
         outcome = solve(
@@ -429,6 +447,9 @@ class Planning:
 
     def candidate(self, outcome: Outcome, status: str = "") -> Candidate:
         found = self.lowered(self.candidate_plan(outcome, status))
+        if self.dispute_s and outcome.choice is not None:
+            disputes = self.space.disputes(outcome.choice.tolist())
+            found = replace(found, disputed_s=self.dispute_s * disputes)
         if self.leanest is None or found.memory.peak_bytes < self.leanest.memory.peak_bytes:
             self.leanest = found
         return found

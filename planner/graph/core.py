@@ -159,6 +159,13 @@ class Graph:
             else:
                 yield from node.body.walk(times * node.times)
 
+    def loops(self) -> Iterator[Loop]:
+        """Every loop, before those in its body."""
+        for node in self.nodes:
+            if isinstance(node, Loop):
+                yield node
+                yield from node.body.loops()
+
     def all_tensors(self) -> dict[str, Tensor]:
         found = dict(self.tensors)
         for node in self.nodes:

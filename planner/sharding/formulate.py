@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from math import prod
 
 import numpy as np
@@ -35,6 +36,7 @@ from planner.ilp.clock import Clock
 from planner.lowering.halo import Halo, halos
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
+from planner.sharding.agreement import Agreement
 from planner.sharding.choices import Choice, OpChoices
 from planner.sharding.flow import Conversion, Flow, Home, Interval, Place
 from planner.sharding.reshard import Resharder
@@ -154,21 +156,33 @@ class Space:
             found.append((c, c.times * self.spec_costs(c)))
         return found
 
+    @cached_property
+    def _disputes(self) -> list[Array]:
+        agreement = Agreement(self.flow.graph)
+        return [
+            agreement.disputes(c, self.rows(c.source)[0], self.rows(c.target)[0])
+            for c in self.flow.conversions
+        ]
+
     # ---- the problem ------------------------------------------------------------------------
 
     def problem(
-        self, limit: float | None, active: Sequence[int], weights: Sequence[float] | None = None
-    ) -> Problem:
+        self, limit: float | None, active: Sequence[int], weights: Sequence[float] | None = None,
+        dispute_s: float = 0.0,
+    ) -> Problem:  # fmt: skip
         """The ILP with memory constraints at the schedule steps `active` (none: limit unused).
 
         `weights`: what a second of each conversion counts (all 1 by default): less than one
-        where the simulator hides it behind computation.
+        where the simulator hides it behind computation. `dispute_s`: seconds that a plan may
+        take longer to avoid a dispute (see planner.sharding.agreement).
         """
         costs = [self._costs[key].copy() for key in self.keys]
         merged: dict[tuple[int, int], Array] = {}
         paired: list[tuple[Conversion, Array]] = []
         for i, (c, full) in enumerate(self._edge_costs):
             by_spec = full if weights is None else weights[i] * full
+            if dispute_s:
+                by_spec = by_spec + dispute_s * self._disputes[i]
             if limit is not None and self._touches(c, active):
                 paired.append((c, by_spec))
                 continue
@@ -303,6 +317,17 @@ class Space:
         return np.array(at_step), np.array(held)
 
     # ---- solutions --------------------------------------------------------------------------
+
+    def disputes(self, strategy: Sequence[int]) -> float:
+        """How much compilers would settle in a solution."""
+        found = 0.0
+        for c, each in zip(self.flow.conversions, self._disputes, strict=True):
+            ends = [
+                self.rows(place)[1][strategy[self.number[self.key(place)]]]
+                for place in (c.source, c.target)
+            ]
+            found += each[ends[0], ends[1]]
+        return found
 
     def plan(self, strategy: Sequence[int], proof: Proof) -> Plan:
         """The Plan that a solution of any `problem` of this space means."""

@@ -31,8 +31,13 @@ class _Link:
     outs: tuple[tuple[str, Dims], ...]
 
 
-def propagate(graph: Graph, given: Mapping[str, Spec], sizes: Sizes) -> dict[str, Spec]:
-    """The spec of every tensor of a forward graph; `given` ones (with all dimensions) are kept."""
+def propagate(
+    graph: Graph, given: Mapping[str, Spec], sizes: Sizes, smallest: bool = False
+) -> dict[str, Spec]:
+    """The spec of every tensor of a forward graph; `given` ones (with all dimensions) are kept.
+
+    Where several tensors at an op disagree, the largest is followed, or the `smallest`.
+    """
     tensors = graph.all_tensors()
     specs = {name: replicated(len(t.shape)) for name, t in tensors.items()}
     specs.update(given)
@@ -43,7 +48,7 @@ def propagate(graph: Graph, given: Mapping[str, Spec], sizes: Sizes) -> dict[str
         changed = False
         for backward in (False, True):
             for link in reversed(chosen) if backward else chosen:
-                changed |= _pass(link, backward, specs, given, sizes)
+                changed |= _pass(link, backward, specs, given, sizes, smallest)
         # News may let an op of higher priority decide what lower ones would decide otherwise.
         priority = ONE_TO_ONE if changed else priority + 1
     return specs
@@ -105,14 +110,16 @@ def _one_to_one(rule: Rule) -> bool:
 
 def _pass(
     link: _Link, backward: bool, specs: dict[str, Spec], given: Mapping[str, Spec],
-    sizes: Sizes,
+    sizes: Sizes, smallest: bool,
 ) -> bool:  # fmt: skip
     """Splits the tensors behind the link further; whether it did."""
     sources, targets = (link.outs, link.ins) if backward else (link.ins, link.outs)
     if backward and link.priority == CONTRACTS:
         sources = (*sources, *link.ins)  # what is contracted is only known to the other operand
     # Where two disagree, moving the larger tensor would cost more.
-    known = sorted(sources, key=lambda source: -_elements(source[1], link.sizes))
+    known = sorted(
+        sources, key=lambda source: _elements(source[1], link.sizes), reverse=not smallest
+    )
     changed = False
     for name, dims in targets:
         if name in given:

@@ -15,9 +15,10 @@ from planner.result import Result
 from planner.verify.compare import Thresholds, Verification, compare
 from planner.verify.compile import DEFAULT_TIMEOUT_S, Compiled, compile_program
 from planner.verify.errors import BackendError
+from planner.verify.fewest import Recovered, recovered
 from planner.verify.hlo import HloError, parse
 from planner.verify.hlo_reading import read
-from planner.verify.show import document, text
+from planner.verify.show import document, recovered_document, recovered_text, text
 from planner.verify.targets import BACKENDS, backend_of
 
 
@@ -57,6 +58,7 @@ def compile_result(
 
 
 __all__ = [
-    "BACKENDS", "BackendError", "Compiled", "ExportError", "Thresholds", "Verification",
-    "compare_compiled", "compile_result", "document", "text", "verify",
+    "BACKENDS", "BackendError", "Compiled", "ExportError", "Recovered", "Thresholds",
+    "Verification", "compare_compiled", "compile_result", "document", "recovered",
+    "recovered_document", "recovered_text", "text", "verify",
 ]  # fmt: skip

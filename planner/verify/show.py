@@ -1,11 +1,16 @@
-"""A Verification as text for people and as a JSON document."""
+"""What was verified, as text for people and as JSON documents."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from planner.annotations import as_lists
+from planner.export.jax_program import partition
+from planner.sharding.spec import Spec
 from planner.verify.compare import Row, Verification, summary
+from planner.verify.compile import Compiled
+from planner.verify.fewest import Recovered
 
 _SCALES = {"B": (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)),
            "FLOP": (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("FLOP", 1)),
@@ -42,9 +47,55 @@ def _row(r: Row) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def recovered_document(r: Recovered) -> dict[str, Any]:
+    """Bytes; errors are few / all annotations − 1."""
+    rows = [(key, [_row(row) for row in rows])
+            for key, rows in (("quantities", r.rows), ("collectives", r.collectives))]  # fmt: skip
+    for _, shown in rows:
+        for row in shown:
+            row["few"], row["all"] = row.pop("predicted"), row.pop("compiled")
+    return {
+        "schema_version": 1, "model": r.model, "mesh": r.mesh, "backend": r.few.backend,
+        "versions": dict(r.few.versions), "annotations": as_lists(r.found.annotations),
+        "of": r.found.count, "status": {"few": r.few.status, "all": r.every.status}, "ok": r.ok,
+        **dict(rows),
+    }  # fmt: skip
+
+
+def recovered_text(r: Recovered) -> str:
+    """What the compiler makes of few annotations and of all, the verdict last."""
+    names = r.found.annotations
+    lines = [
+        r.mesh,
+        f"{r.model}: {len(names)} of {r.found.count} annotations, and all of them, "
+        f"through the {r.few.backend} compiler ({_versions(r.few)})",
+        "",
+        *(f"  {name}  {partition(Spec(axes))}" for name, axes in names.items()),
+        "",
+        *_table(("per device", "few", "all", "difference", ""), r.rows),
+    ]
+    if r.collectives:
+        lines += ["", *_table(("collectives, one form", "", "", "", ""), r.collectives)]
+    return "\n".join([*lines, "", _recovered_verdict(r)]) + "\n"
+
+
+def _recovered_verdict(r: Recovered) -> str:
+    for which, compiled in (("few", r.few), ("all", r.every)):
+        if compiled.status != "compiled":
+            return f"verdict: no: with {which} annotations the compiler runs out of memory"
+    wrong = [row.name for row in r.judged if row.exceeded]
+    if wrong:
+        return f"verdict: no: the compiler makes another program of them: {', '.join(wrong)}"
+    return "verdict: yes: the compiler recovers the plan from these annotations"
+
+
+def _versions(compiled: Compiled) -> str:
+    return ", ".join(f"{name} {number}" for name, number in compiled.versions.items())
+
+
 def text(v: Verification) -> str:
     """Everything compared, the verdict last."""
-    versions = ", ".join(f"{name} {number}" for name, number in v.compiled.versions.items())
+    versions = _versions(v.compiled)
     lines = [
         v.mesh,
         f"{v.model}: predicted against the {v.compiled.backend} compiler ({versions})",

@@ -7,11 +7,14 @@ from itertools import combinations
 import pytest
 
 import meshes
+from planner import source
 from planner.annotations import axes_by_name
 from planner.minimal import MAX_GROWTH, MAX_SLOWDOWN, completed, minimal
 from planner.modelfile import load_model
 from planner.pins import PinError
 from planner.planning import plan_model, price_annotations
+from planner.request import Request, plan
+from planner.verify import DEFAULT_TIMEOUT_S, recovered, recovered_text
 
 TEXT = """
 training: {batch: B, optimizer: sgd}
@@ -62,3 +65,17 @@ def test_the_completion_keeps_what_is_given(name: str) -> None:
     result = plan_model(load_model(TEXT, "mlp"), ON)
     every = axes_by_name(result)
     assert completed(result, {name: every[name]})[name] == every[name]
+
+
+@pytest.mark.compiler
+@pytest.mark.parametrize("name", ["lamda-137b", "gshard-m4"])
+def test_xla_recovers_the_plan_from_at_most_ten(name: str) -> None:
+    """At full size on 2048 TPU v3 cores: memory within 5 %, collectives within 25 %."""
+    pytest.importorskip("libtpu")
+    planned = plan(Request(source.find(name)))
+    found = minimal(planned.result, planned.options)
+    assert 0 < len(found.annotations) <= 10
+    assert found.result.timing.step_time_s <= planned.result.timing.step_time_s * (1 + MAX_SLOWDOWN)
+    both = recovered(planned.result, found, None, None, DEFAULT_TIMEOUT_S)
+    assert len([r for r in both.judged if r.threshold is not None]) >= 4
+    assert both.ok, recovered_text(both)

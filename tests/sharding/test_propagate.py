@@ -51,8 +51,9 @@ def test_the_data_and_the_columns_of_weights_go_everywhere() -> None:
 def test_what_is_large_wins() -> None:
     """The batch and the columns want the same axis: the activation is the larger operand."""
     graph = load_model(TEXT.replace("B: 32", "B: 4096"), "mlp").graph
-    found = propagate(graph, {"x": Spec((("x",), ())), "w_in": Spec(((), ("x",)))}, SIZES)
-    assert found["h"] == Spec((("x",), ()))
+    given = {"x": Spec((("x",), ())), "w_in": Spec(((), ("x",)))}
+    assert propagate(graph, given, SIZES)["h"] == Spec((("x",), ()))
+    assert propagate(graph, given, SIZES, smallest=True)["h"] == Spec(((), ("x",)))
 
 
 def test_nothing_given_splits_nothing() -> None:
