@@ -189,13 +189,14 @@ class Distances:
             self.rows.update(zip(part, np.ascontiguousarray(d.T), strict=True))
 
     def last(self, source: int) -> Ints:
-        """By which move the paths of `path` end at every spec: its number, -1 without a path."""
+        """By which move the paths of `path` end at every spec: its number, or the number of moves
+        where there is no path, and at the source itself."""
         if source not in self.rows:
             self._relax([source])
         row = self.rows[source]
         u, v = self.graph.arrays
-        found = np.full(len(row), -1, dtype=np.int64)
-        if not len(u):
+        found = np.full(len(row), len(v), dtype=np.int64)
+        if not len(v):
             return found
         into = row[u] + self.weights
         starts = np.flatnonzero(np.diff(v, prepend=-1))
@@ -203,8 +204,8 @@ class Distances:
         attained = into == np.repeat(least, np.diff([*starts, len(v)]))
         numbers = np.where(attained, np.arange(len(v)), len(v))
         found[v[starts]] = np.minimum.reduceat(numbers, starts)
-        found[~np.isfinite(row)] = -1
-        found[source] = -1
+        found[~np.isfinite(row)] = len(v)
+        found[source] = len(v)
         return found
 
     def path(self, source: int, target: int) -> tuple[Move, ...] | None:
@@ -287,14 +288,12 @@ class Resharder:
     ) -> Floats:  # fmt: skip
         """Of the buffers between source and result of every path; 0 where there is no path."""
         graph, distances = self._of(shape, itemsize)
-        u = graph.arrays[0]
         local = graph.local_elements(shape) * itemsize
         columns = [graph.number[t] for t in targets]
         found = np.zeros((len(sources), len(targets)))
         for i, spec in enumerate(sources):
             source = graph.number[spec]
-            last = distances.last(source)
-            before = np.where(last >= 0, u[last], source)
+            before = np.append(graph.arrays[0], source)[distances.last(source)]
             buffer = np.where(before != source, local[before], 0.0)
             total, at = buffer, before
             while (at != source).any():  # as often as the longest path has moves
