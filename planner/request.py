@@ -121,7 +121,8 @@ def _searched(
         raise InputError(f"{request.source.file}: {best.explanation[0]}")
     if best.plan is None:
         kind = NothingFits if best.outcome == TOO_LARGE else Unsolved
-        raise kind(f"no plan for any of {len(savings or shapes)} candidates")
+        why = ", ".join(sorted({t.outcome for t in savings or shapes}))
+        raise kind(f"no plan for any of {len(savings or shapes)} candidates: {why}")
     result = reprice(model, best.mesh, best.plan, model.constraints, options)
     return Planned(
         source, machine, result, options, model.constraints, best.explanation,

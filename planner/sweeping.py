@@ -21,7 +21,9 @@ from planner.progress import Progress
 from planner.request import Request, plan
 from planner.search.pool import Spread, over, processes
 
-FITS, TOO_LARGE, UNSOLVED = "fits", "does not fit", "no plan in time"
+FITS, TOO_LARGE, UNSOLVED, LOST = (
+    "fits", "does not fit", "no plan in time", "planning ran out of memory",
+)  # fmt: skip
 HOUR_S, DAY_S = 3600.0, 86400.0
 
 
@@ -105,14 +107,14 @@ def sweep(
 
     def done(index: int, row: Row) -> None:
         rows[missing[index]] = row
-        if found is not None and row.outcome != UNSOLVED:  # more time may find one
+        if found is not None and row.outcome not in (UNSOLVED, LOST):  # more may find one
             found(missing[index], row)
         if progress is not None:
             progress(f"planned {row.mesh}", len(rows) / len(set(keys)))
 
     if calls:
         with _workers(len(calls), scheduler) as spread:
-            spread(plan_row, calls, done)
+            spread(plan_row, calls, done, _lost)
     return [rows[k] for k in keys]
 
 
@@ -143,6 +145,13 @@ def plan_row(request: Request) -> Row:
         _row(mesh, FITS), shape=dict(r.mesh.axes), step_time_s=r.timing.step_time_s,
         tokens_per_s=r.tokens_per_s, mfu=r.mfu, peak_bytes=r.memory.peak_bytes,
     )  # fmt: skip
+
+
+def _lost(request: Request) -> Row:
+    """Of a machine whose planning ran out of memory."""
+    model = request.source.load()
+    mesh = place(model, request.mesh, request.shape, request.source.folder).meshes()[0]
+    return _row(mesh, LOST)
 
 
 def _row(mesh: LogicalMesh, outcome: str) -> Row:

@@ -44,8 +44,9 @@ SAME = 1e-3  # step times that differ by less are equal
 ORDINARY_AXES = 2
 PATIENCE = 8  # candidates in a row that may fail to be faster
 FALLBACKS = 5  # candidates of which the plan of least memory is sought if nothing fits
-FITS, TOO_LARGE, UNSOLVED, SLOWER, LEFT_OUT, IMPOSSIBLE = (
+FITS, TOO_LARGE, UNSOLVED, SLOWER, LEFT_OUT, IMPOSSIBLE, LOST = (
     "fits", "does not fit", "no plan in time", "slower", "left out", "impossible",
+    "planning ran out of memory",
 )  # fmt: skip
 
 
@@ -224,7 +225,11 @@ class _Search:
                 share = (len(self.settled) + done) / (2 * len(self.candidates))
                 self.progress(f"{what} {trial.name}{best}", share)
 
-        return self.spread(function, calls, tell)
+        return self.spread(function, calls, tell, _lost)
+
+
+def _lost(call: _Call) -> Trial:
+    return replace(call.trial, outcome=LOST)
 
 
 def _bound(call: _Call) -> Trial:

@@ -20,7 +20,7 @@ from planner.sharding.formulate import choice_seconds
 
 
 def candidates(model: Model, mesh: LogicalMesh) -> list[Trial]:
-    """The fixed policies and the chain on `mesh`; those that save the same only once."""
+    """The fixed policies and the chain on `mesh`."""
     keep = tuple(in_loops(model.constraints, model.members))
     tensors = training_step(model, keep).all_tensors()
 

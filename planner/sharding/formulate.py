@@ -263,58 +263,64 @@ class Space:
 
     def _bytes(self, place: Place, shape: Sequence[int], dtype: str) -> Array:
         specs, rows = self.rows(place)
-        item = ITEM_BYTES[dtype]
-        local = np.array([float(prod(s.local_shape(shape, self.sizes)) * item) for s in specs])
-        return local[rows]
+        return self._local(specs, shape)[rows] * ITEM_BYTES[dtype]
 
     def _pair_node(
         self, costs: list[Array], merged: dict[tuple[int, int], Array], usages: list[Usage],
         c: Conversion, by_spec: Array, active: Sequence[int],
     ) -> None:  # fmt: skip
-        """A conversion whose memory counts: one strategy per possible pair of specs."""
-        sources, rows = self.rows(c.source)
-        targets, columns = self.rows(c.target)
-        pairs = np.argwhere(np.isfinite(by_spec))
+        """A conversion whose memory counts, which depends on both ends: a node whose strategies
+        are a spec of one end and amounts that occur with it. There are far fewer of these than
+        pairs of specs."""
+        amounts = self._pair_bytes(c)
+        steps = self._pair_steps(c, active)
+        kinds = list(dict.fromkeys(kind for kind, _, _ in steps))
+        occurring = np.stack([amounts[kind] for kind in kinds])
+        near, far = c.source, c.target
+        levels = _Levels.of(occurring, by_spec)
+        others = _Levels.of(occurring.transpose(0, 2, 1), by_spec.T)
+        if len(others.own) < len(levels.own):
+            near, far, levels = far, near, others
         node = len(costs)
-        costs.append(by_spec[pairs[:, 0], pairs[:, 1]])
-        for key, own, which in ((self.key(c.source), rows, 0), (self.key(c.target), columns, 1)):
-            allowed = np.where(own[:, None] == pairs[None, :, which], 0.0, np.inf)
-            _add_edge(merged, self.number[key], node, allowed)
-        both = [sources[i] for i in pairs[:, 0]], [targets[j] for j in pairs[:, 1]]
-        at_step, held = self._pair_bytes(c, *both)
-        if self._may_be_copied(c):
-            usages.append(Usage(node, 0, len(active), self._copied_bytes(c, *both)))
+        costs.append(np.zeros(len(levels.own)))
+        same = np.where(self.rows(near)[1][:, None] == levels.own[None, :], 0.0, np.inf)
+        _add_edge(merged, self.number[self.key(near)], node, same)
+        _add_edge(merged, self.number[self.key(far)], node, levels.cost[self.rows(far)[1]])
+        for kind, start, stop in steps:
+            usages.append(Usage(node, start, stop, levels.amounts[kinds.index(kind)]))
+
+    def _pair_steps(
+        self, c: Conversion, active: Sequence[int]
+    ) -> list[tuple[str, int, int]]:
+        """Which amounts of `_pair_bytes` count at which positions (half-open) in `active`."""
+        found = [("copied", 0, len(active))] if self._may_be_copied(c) else []
         lo, hi = c.overlap or (0, 0)
         for p, t in enumerate(active):
             if t == c.at:
-                usages.append(Usage(node, p, p + 1, at_step))
+                found.append(("at step", p, p + 1))
             elif lo <= t < hi:
-                usages.append(Usage(node, p, p + 1, held))
+                found.append(("held", p, p + 1))
+        return found
 
-    def _copied_bytes(
-        self, c: Conversion, sources: Sequence[Spec], targets: Sequence[Spec]
-    ) -> Array:
-        """Bytes of the old parameter's copy, which lives for the whole step."""
+    def _pair_bytes(self, c: Conversion) -> dict[str, Array]:
+        """Bytes for every pair of specs: at the conversion's step, held as long as its `overlap`
+        lasts, and of the old parameter's copy, which lives for the whole step."""
+        sources, targets = self.rows(c.source)[0], self.rows(c.target)[0]
         item = ITEM_BYTES[c.dtype]
-        found = []
-        for s, t in zip(sources, targets, strict=True):
-            path = self.resharder.path(s, t, c.shape, item, c.reduce) or ()
-            gathers = [move.kind for move in path[-1:]] == ["all-gather"]
-            found.append(float(prod(t.local_shape(c.shape, self.sizes)) * item * gathers))
-        return np.array(found)
+        differs = np.array([[s != t for t in targets] for s in sources])
+        own = differs * self._local(sources, c.shape)[:, None] * item
+        result = differs * self._local(targets, c.shape)[None, :] * item
+        extra = {"result": result, "source": own, "both": own + result, "none": 0.0 * own}[c.extra]
+        found = {
+            "at step": extra + self.resharder.between_bytes(sources, targets, c.shape, item),
+            "held": own if c.extra == "source" else result,
+        }
+        if self._may_be_copied(c):
+            found["copied"] = result * self.resharder.gathers_last(sources, targets, c.shape, item)
+        return found
 
-    def _pair_bytes(
-        self, c: Conversion, sources: Sequence[Spec], targets: Sequence[Spec]
-    ) -> tuple[Array, Array]:
-        item = ITEM_BYTES[c.dtype]
-        at_step, held = [], []
-        for s, t in zip(sources, targets, strict=True):
-            between, result = self.resharder.extra_bytes(s, t, c.shape, item)
-            own = prod(s.local_shape(c.shape, self.sizes)) * item if s != t else 0
-            extra = {"result": result, "source": own, "both": own + result, "none": 0}[c.extra]
-            at_step.append(float(between + extra))
-            held.append(float(own if c.extra == "source" else result))
-        return np.array(at_step), np.array(held)
+    def _local(self, specs: Sequence[Spec], shape: Sequence[int]) -> Array:
+        return np.array([float(prod(s.local_shape(shape, self.sizes))) for s in specs])
 
     # ---- solutions --------------------------------------------------------------------------
 
@@ -340,6 +346,33 @@ class Space:
             self.specs[h.id][strategy[self.number["home", h.id]]] for h in self.flow.homes
         )
         return Plan(self.mesh.axes, choices, homes, proof)
+
+
+@dataclass(frozen=True)
+class _Levels:
+    """Strategies that stand for the pairs of specs of two ends: strategy i is spec `own[i]` of
+    the first end with amounts `amounts[:, i]`; `cost[t, i]` is that of spec t of the second end,
+    inf where spec t does not go with strategy i."""
+
+    own: NDArray[np.int64]
+    amounts: Array
+    cost: Array
+
+    @classmethod
+    def of(cls, amounts: Array, cost: Array) -> _Levels:
+        """From (kinds, first, second) amounts and (first, second) costs."""
+        own: list[int] = []
+        found: list[Array] = []
+        columns: list[Array] = []
+        for i, row in enumerate(cost):
+            possible = np.flatnonzero(np.isfinite(row))
+            each, which = np.unique(amounts[:, i, possible], axis=1, return_inverse=True)
+            part = np.full((cost.shape[1], each.shape[1]), np.inf)
+            part[possible, which.reshape(-1)] = row[possible]
+            own += [i] * each.shape[1]
+            found.append(each)
+            columns.append(part)
+        return cls(np.array(own), np.concatenate(found, axis=1), np.concatenate(columns, axis=1))
 
 
 def mesh_resharder(mesh: LogicalMesh, uneven: bool = False) -> Resharder:

@@ -97,11 +97,16 @@ class SpecGraph:
         found = [[prod(self.sizes[a] for a in d) for d in spec.dims] for spec in self.specs]
         return np.array(found, dtype=np.int64).reshape(len(self.specs), self.rank)
 
+    def local_elements(self, shape: Sequence[int]) -> Floats:
+        """Of every spec the elements of one shard."""
+        local = -(-np.array(shape, dtype=np.int64) // self.parts)
+        return local.prod(axis=1).astype(float)
+
     def payloads(self, shape: Sequence[int]) -> Floats:
         """`payload_elements` of every move."""
         u, v = self.arrays
         local = -(-np.array(shape, dtype=np.int64) // self.parts)
-        elements = local.prod(axis=1).astype(float)
+        elements = self.local_elements(shape)
         found = elements[u]
         for (kind, axes), edges in self.alike.items():
             group = prod(self.sizes[a] for a in axes)
@@ -183,6 +188,26 @@ class Distances:
                 d[ends] = np.minimum(before, reached)
             self.rows.update(zip(part, np.ascontiguousarray(d.T), strict=True))
 
+    def last(self, source: int) -> Ints:
+        """By which move the paths of `path` end at every spec: its number, or the number of moves
+        where there is no path, and at the source itself."""
+        if source not in self.rows:
+            self._relax([source])
+        row = self.rows[source]
+        u, v = self.graph.arrays
+        found = np.full(len(row), len(v), dtype=np.int64)
+        if not len(v):
+            return found
+        into = row[u] + self.weights
+        starts = np.flatnonzero(np.diff(v, prepend=-1))
+        least = np.minimum.reduceat(into, starts)
+        attained = into == np.repeat(least, np.diff([*starts, len(v)]))
+        numbers = np.where(attained, np.arange(len(v)), len(v))
+        found[v[starts]] = np.minimum.reduceat(numbers, starts)
+        found[~np.isfinite(row)] = len(v)
+        found[source] = len(v)
+        return found
+
     def path(self, source: int, target: int) -> tuple[Move, ...] | None:
         """The moves of a shortest path; of equal ones always the same."""
         if (source, target) not in self.paths:
@@ -257,15 +282,34 @@ class Resharder:
         graph, distances = self._of(shape, itemsize)
         return distances.path(graph.number[source], graph.number[target])
 
-    def extra_bytes(
-        self, source: Spec, target: Spec, shape: tuple[int, ...], itemsize: int
-    ) -> tuple[int, int]:
-        """(bytes of intermediate buffers, bytes of the result); (0, 0) without conversion."""
-        path = self.path(source, target, shape, itemsize)
-        if not path:
-            return 0, 0
-        local = [prod(m.result.local_shape(shape, self.sizes)) * itemsize for m in path]
-        return sum(local[:-1]), local[-1]
+    def between_bytes(
+        self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
+        itemsize: int,
+    ) -> Floats:  # fmt: skip
+        """Of the buffers between source and result of every path; 0 where there is no path."""
+        graph, distances = self._of(shape, itemsize)
+        local = graph.local_elements(shape) * itemsize
+        columns = [graph.number[t] for t in targets]
+        found = np.zeros((len(sources), len(targets)))
+        for i, spec in enumerate(sources):
+            source = graph.number[spec]
+            before = np.append(graph.arrays[0], source)[distances.last(source)]
+            buffer = np.where(before != source, local[before], 0.0)
+            total, at = buffer, before
+            while (at != source).any():  # as often as the longest path has moves
+                total, at = total + buffer[at], before[at]
+            found[i] = total[columns]
+        return found
+
+    def gathers_last(
+        self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
+        itemsize: int,
+    ) -> NDArray[np.bool_]:  # fmt: skip
+        """Whether paths end with an all-gather."""
+        graph, distances = self._of(shape, itemsize)
+        gathers = np.array([move.kind == "all-gather" for _, _, move in graph.moves] + [False])
+        columns = [graph.number[t] for t in targets]
+        return np.array([gathers[distances.last(graph.number[s])][columns] for s in sources])
 
     def _of(self, shape: tuple[int, ...], itemsize: int) -> tuple[SpecGraph, Distances]:
         rank = len(shape)
