@@ -21,6 +21,9 @@ from planner.model import AUTO, RECOMPUTES_ALL, Model, Training
 
 AGAIN = "~"  # suffix of a recomputed tensor
 SAVED = ".saved"  # ends the names of stacks of values that a loop saves for its backward pass
+OPEN = "open"  # policy of a graph that keeps both: what is saved is for a solver to choose
+KEPT, REDONE = "~kept", "~redone"  # suffixes of the two values between which it chooses
+CHOOSES = "chooses"  # attribute of the op that stands for the choice
 
 
 @dataclass(frozen=True)
@@ -348,8 +351,9 @@ class LoopBackward:
         wanted_reads = [s for s in loop.reads if s.outer in outer.differentiable]
         wanted_shared = [s for s in loop.shared if s in outer.differentiable]
         roots = [k.entry for k in loop.carries] + [s.inner for s in wanted_reads] + wanted_shared
+        within = "full" if outer.policy == OPEN else outer.policy
         inner = Backward(
-            outer.policy, scope, body.nodes, dict.fromkeys(roots), outer.keep, outer.cotangents
+            within, scope, body.nodes, dict.fromkeys(roots), outer.keep, outer.cotangents
         )
         carries = self._seed(scope, inner)
         given = [self._written(scope, inner, s) for s in loop.writes if s.outer in self.cotangents]
@@ -409,11 +413,12 @@ class LoopBackward:
                 writes.append(self._write(scope, stack, _own(scope, gradient, "")))
         keep = {k.exit for k in loop_carries} | {w.inner for w in writes} | inner.kept()
         nodes = list(fuse_nodes(scope.nodes, scope.tensors, keep=keep))
-        saved = Saved(self.loop, inner, outer.b, scope)
+        saved = Saved(self.loop, outer.policy, inner, outer.b, scope)
         recomputed, rename, reads, passed = saved.resolve(nodes)
         reads += given
         nodes = recomputed + [rename_node(n, rename) for n in nodes]
-        tensors = _tensors_of(nodes, scope, rename, reads, loop_carries)
+        originals = {new: old for old, new in rename.items()} | saved.open
+        tensors = _tensors_of(nodes, scope, originals, reads, loop_carries)
         self._emit(nodes, tensors, loop_carries, reads, writes, passed)
         outer.augmented[self.loop.name] = saved.forward()
 
@@ -497,10 +502,12 @@ class Saved:
     """Decides which forward tensors of a loop body are stacked for the backward body."""
 
     loop: Loop
+    policy: str | frozenset[str]
     inner: Backward
     outer: Builder
     scope: Builder
     writes: list[Stack] = field(default_factory=list)
+    open: dict[str, str] = field(default_factory=dict)  # kept and redone values → the original
 
     def resolve(
         self, nodes: Sequence[Node]
@@ -513,7 +520,7 @@ class Saved:
         cheap = self._parameter_only(slices)
         made = {o for n in nodes for o in n.outs}
         pending = [i for n in nodes for i in n.ins if i not in made]
-        if self.inner.policy == "checkpoint":  # even what the backward pass does not need
+        if self.policy == "checkpoint":  # even what the backward pass does not need
             pending += [k.exit for k in self.loop.carries]
         needed: set[str] = set()
         reads: dict[str, Stack] = {}
@@ -532,15 +539,44 @@ class Saved:
                 rename[name] = name + AGAIN
                 reads[name] = Stack(self._stack(name), name + AGAIN)
             elif name in producers:
-                again[producers[name].name] = producers[name]
-                pending.extend(self._augmented(producers[name]).ins)
+                maker = producers[name]
+                again[maker.name] = maker
+                pending.extend(self._augmented(maker).ins)
+                if self.policy == OPEN and isinstance(maker, Op) and name not in cheap:
+                    reads[name] = Stack(self._stack(name), name + KEPT)
             elif name not in self.scope.tensors or name in self.loop.shared:
                 shared[name] = None
         ordered = [n for n in body.nodes if n.name in again]
         for node in ordered:
             rename.update({o: o + AGAIN for o in self._augmented(node).outs})
-        copies = [_recompute(self._augmented(n), rename) for n in ordered]
+        copies: list[Node] = []
+        for node in ordered:
+            copy = _recompute(self._augmented(node), rename)
+            chosen = [o for o in node.outs if reads.get(o) == Stack(o + SAVED, o + KEPT)]
+            copies.append(self._redone(copy, chosen) if chosen else copy)
+            copies += [self._choice(name) for name in chosen]
         return copies, rename, list(reads.values()), list(shared)
+
+    def _redone(self, copy: Node, chosen: Sequence[str]) -> Node:
+        """`copy` under names that leave those of the values to the ops that choose."""
+        outs = {name + AGAIN: name + REDONE for name in chosen}
+        self.open.update({name + REDONE: name for name in chosen})
+        return rename_node(copy, outs)
+
+    def _choice(self, name: str) -> Op:
+        """Stands for `name` in the backward body: either what was kept or what is computed again.
+        Its expression is a sum only because partial sums pass through one."""
+        t = self.scope.lookup(name)
+        self.open[name + KEPT] = name
+        for suffix in (KEPT, REDONE):
+            self.scope.declare(replace(t, name=name + suffix))
+        made = self.scope.map(
+            name + AGAIN, [(name + KEPT, t.dims), (name + REDONE, t.dims)], t.dims,
+            ex.add(ex.x(0), ex.x(1)), dtype=t.dtype, attrs={CHOOSES: True},
+        )  # fmt: skip
+        op = self.scope.nodes.pop()
+        assert isinstance(op, Op) and made == name + AGAIN
+        return replace(op, phase="recompute")
 
     def _augmented(self, node: Node) -> Node:
         """An inner loop with the stacks that its own backward loop reads; ops as they are."""
@@ -568,7 +604,7 @@ class Saved:
     def _saves(self, name: str, producer: Node | None, cheap: set[str]) -> bool:
         if producer is None:
             return False
-        policy = self.inner.policy
+        policy = self.policy
         if not isinstance(policy, str):
             return name in policy
         if set(producer.outs) <= cheap:
@@ -656,16 +692,15 @@ def rename_node(node: Node, names: Mapping[str, str]) -> Node:
 def _tensors_of(
     nodes: Sequence[Node],
     scope: Builder,
-    rename: Mapping[str, str],
+    originals: Mapping[str, str],
     reads: Sequence[Stack],
     carries: Sequence[Carry],
 ) -> dict[str, Tensor]:
-    """The tensors that the backward body itself holds."""
-    back = {new: old for old, new in rename.items()}
+    """The tensors that the backward body itself holds; `originals` of those that are renamed."""
     names = {o for n in nodes for o in n.outs}
     names |= {s.inner for s in reads} | {k.entry for k in carries}
     found = {}
     for name in sorted(names):
-        t = scope.lookup(back.get(name, name))
+        t = scope.lookup(originals.get(name, name))
         found[name] = replace(t, name=name)
     return found

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.graph.core import Carry, Graph, Loop, Node, Op, Tensor
+from planner.graph.derive import CHOOSES
 from planner.sharding.spec import Spec
 
 Interval = tuple[int, int]  # half-open, in steps
@@ -125,6 +126,8 @@ def build_flow(
 def _number(flow: Flow, nodes: Iterable[Node], step: int, times: int) -> int:
     for node in nodes:
         if isinstance(node, Op):
+            if CHOOSES in node.attrs:  # what it stands for is made by the op before
+                step -= 1
             flow.sites[node.name] = OpSite(node, step, times)
             step += 1
             continue
@@ -384,9 +387,10 @@ class _FlowBuilder:
             )
             if summed:
                 site.held[source.slot] = (start + 1, stop)  # it is written over the old sum
-            elif use.kind != "alias":
+            elif use.kind != "alias" and not self._chosen(use.target):
                 site.held[source.slot] = (start, stop)
-            extra = "source" if use.kind == "alias" else "both" if summed else "result"
+            handed = use.kind == "alias" or self._chosen(use.target)
+            extra = "source" if handed else "both" if summed else "result"
             self._convert(scope, name, source, use, (start, stop), extra, producer=site)
             return
         if not uses:
@@ -461,7 +465,12 @@ class _FlowBuilder:
                 self._copy(scope, name, source, members, live)
                 continue
             for use in members:
-                self._convert(scope, name, source, use, live, "result", producer=own)
+                extra = "none" if self._chosen(use.target) else "result"
+                self._convert(scope, name, source, use, live, extra, producer=own)
+
+    def _chosen(self, target: Place) -> bool:
+        """Whether it is an operand of an op that stands for a choice: its result is the value."""
+        return target.kind == "operand" and CHOOSES in self.flow.sites[target.op].op.attrs
 
     def _argument(self, name: str, source: Place) -> bool:
         """Whether something else accounts for the home: inputs live all the time, a slice is

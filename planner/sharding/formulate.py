@@ -38,7 +38,7 @@ from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
 from planner.sharding.agreement import Agreement
 from planner.sharding.choices import Choice, OpChoices
-from planner.sharding.flow import Conversion, Flow, Home, Interval, Place
+from planner.sharding.flow import Conversion, Flow, Home, Interval, OpSite, Place
 from planner.sharding.reshard import Resharder
 from planner.sharding.spec import Spec, all_specs
 
@@ -71,12 +71,13 @@ class Space:
         self.sizes = dict(self.mesh.axes)
         self.tensors = self.flow.graph.all_tensors()
         self.resharder = mesh_resharder(self.mesh, self.flow.uneven)
+        self.site_seconds: dict[str, Array] = {}  # of all executions of an op in a step
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
         self._op_nodes()
         self._home_nodes()
         self.number = {key: i for i, key in enumerate(self.keys)}
-        self._edge_costs = self._edges()
+        self.conversion_seconds = self._edges()
 
     # ---- nodes ------------------------------------------------------------------------------
 
@@ -90,9 +91,10 @@ class Space:
                 self.keys.append(key)
                 self.choices[name] = self._allowed(op)
                 self._costs[key] = np.zeros(len(self.choices[name]))
-            self._costs[key] += site.times * choice_seconds(
+            self.site_seconds[op.name] = site.times * choice_seconds(
                 op, self.choices[name], self.tensors, self.mesh
             )
+            self._costs[key] += self.site_seconds[op.name]
 
     def _allowed(self, op: Op) -> tuple[Choice, ...]:
         """The choices that read operands in the specs that `as_laid` demands."""
@@ -114,6 +116,10 @@ class Space:
                 np.zeros(len(specs)) if self.home_seconds is None
                 else self.home_seconds(home, specs)
             )  # fmt: skip
+
+    def strategies(self, node: int) -> int:
+        """How many a node has."""
+        return len(self._costs[self.keys[node]])
 
     def key(self, place: Place) -> Key:
         """The node that decides the spec at `place`."""
@@ -179,20 +185,22 @@ class Space:
         costs = [self._costs[key].copy() for key in self.keys]
         merged: dict[tuple[int, int], Array] = {}
         paired: list[tuple[Conversion, Array]] = []
-        for i, (c, full) in enumerate(self._edge_costs):
+        for i, (c, full) in enumerate(self.conversion_seconds):
             by_spec = full if weights is None else weights[i] * full
             if dispute_s:
                 by_spec = by_spec + dispute_s * self._disputes[i]
-            if limit is not None and self._touches(c, active):
+            if limit is not None and self.touches(c, active):
                 paired.append((c, by_spec))
                 continue
             self._join(costs, merged, c, by_spec)
         usages: list[Usage] = []
         if limit is not None:
-            usages += self._site_usages(active)
-            usages += self._home_usages(active)
+            for site in self.flow.sites.values():
+                usages += self.site_usages(site, active)
+            for home in self.flow.homes:
+                usages += self.home_usages(home, active)
             for c, by_spec in paired:
-                self._pair_node(costs, merged, usages, c, by_spec, active)
+                self.pair_node(costs, merged, usages, c, by_spec, active)
         edges = tuple(Edge(i, j, m) for (i, j), m in merged.items())
         names = tuple(f"{kind}:{name}" for kind, name in self.keys)
         return Problem(tuple(costs), edges, tuple(usages), limit, names)
@@ -207,9 +215,9 @@ class Space:
         if left == right:
             costs[self.number[left]] += np.diagonal(m[rows][:, columns])
             return
-        _add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
+        add_edge(merged, self.number[left], self.number[right], m[rows][:, columns])
 
-    def _touches(self, c: Conversion, active: Sequence[int]) -> bool:
+    def touches(self, c: Conversion, active: Sequence[int]) -> bool:
         lo, hi = c.overlap or (0, 0)
         lasts = bool(active) and self._may_be_copied(c)
         return lasts or any(t == c.at or lo <= t < hi for t in active)
@@ -223,22 +231,19 @@ class Space:
             and self.flow.homes[home].category == "parameters"
         )
 
-    def _site_usages(self, active: Sequence[int]) -> list[Usage]:
+    def site_usages(self, site: OpSite, active: Sequence[int]) -> list[Usage]:
+        """What an op's results and halos occupy at the steps `active`."""
+        op = site.op
+        node = self.number["op", op.origin or op.name]
         found = []
-        for site in self.flow.sites.values():
-            op = site.op
-            for k, interval in site.held.items():
-                points = _points(interval, active)
-                if points:
-                    place = Place("result", op.name, k)
-                    t = self.tensors[op.outs[k]]
-                    amount = self._bytes(place, t.shape, t.dtype)
-                    node = self.number["op", op.origin or op.name]
-                    found += [Usage(node, p, p + 1, amount) for p in points]
-            if op.rule.windows and site.step in active:
-                p = active.index(site.step)
-                node = self.number["op", op.origin or op.name]
-                found.append(Usage(node, p, p + 1, self._halo_bytes(op)))
+        for k, interval in site.held.items():
+            if points := _points(interval, active):
+                t = self.tensors[op.outs[k]]
+                amount = self._bytes(Place("result", op.name, k), t.shape, t.dtype)
+                found += [Usage(node, p, p + 1, amount) for p in points]
+        if op.rule.windows and site.step in active:
+            p = active.index(site.step)
+            found.append(Usage(node, p, p + 1, self._halo_bytes(op)))
         return found
 
     def _halo_bytes(self, op: Op) -> Array:
@@ -250,30 +255,29 @@ class Space:
             for found in each
         ])  # fmt: skip
 
-    def _home_usages(self, active: Sequence[int]) -> list[Usage]:
-        found = []
-        for home in self.flow.homes:
-            amount = self._bytes(Place("home", home=home.id), home.shape, home.dtype)
-            for interval, copies in home.live:
-                found += [
-                    Usage(self.number["home", home.id], p, p + 1, amount * copies)
-                    for p in _points(interval, active)
-                ]
-        return found
+    def home_usages(self, home: Home, active: Sequence[int]) -> list[Usage]:
+        """What a home occupies at the steps `active`."""
+        amount = self._bytes(Place("home", home=home.id), home.shape, home.dtype)
+        node = self.number["home", home.id]
+        return [
+            Usage(node, p, p + 1, amount * copies)
+            for interval, copies in home.live
+            for p in _points(interval, active)
+        ]
 
     def _bytes(self, place: Place, shape: Sequence[int], dtype: str) -> Array:
         specs, rows = self.rows(place)
         return self._local(specs, shape)[rows] * ITEM_BYTES[dtype]
 
-    def _pair_node(
+    def pair_node(
         self, costs: list[Array], merged: dict[tuple[int, int], Array], usages: list[Usage],
         c: Conversion, by_spec: Array, active: Sequence[int],
     ) -> None:  # fmt: skip
         """A conversion whose memory counts, which depends on both ends: a node whose strategies
         are a spec of one end and amounts that occur with it. There are far fewer of these than
         pairs of specs."""
-        amounts = self._pair_bytes(c)
-        steps = self._pair_steps(c, active)
+        amounts = self.pair_bytes(c)
+        steps = self.pair_steps(c, active)
         kinds = list(dict.fromkeys(kind for kind, _, _ in steps))
         occurring = np.stack([amounts[kind] for kind in kinds])
         near, far = c.source, c.target
@@ -284,15 +288,15 @@ class Space:
         node = len(costs)
         costs.append(np.zeros(len(levels.own)))
         same = np.where(self.rows(near)[1][:, None] == levels.own[None, :], 0.0, np.inf)
-        _add_edge(merged, self.number[self.key(near)], node, same)
-        _add_edge(merged, self.number[self.key(far)], node, levels.cost[self.rows(far)[1]])
+        add_edge(merged, self.number[self.key(near)], node, same)
+        add_edge(merged, self.number[self.key(far)], node, levels.cost[self.rows(far)[1]])
         for kind, start, stop in steps:
             usages.append(Usage(node, start, stop, levels.amounts[kinds.index(kind)]))
 
-    def _pair_steps(
+    def pair_steps(
         self, c: Conversion, active: Sequence[int]
     ) -> list[tuple[str, int, int]]:
-        """Which amounts of `_pair_bytes` count at which positions (half-open) in `active`."""
+        """Which amounts of `pair_bytes` count at which positions (half-open) in `active`."""
         found = [("copied", 0, len(active))] if self._may_be_copied(c) else []
         lo, hi = c.overlap or (0, 0)
         for p, t in enumerate(active):
@@ -302,7 +306,7 @@ class Space:
                 found.append(("held", p, p + 1))
         return found
 
-    def _pair_bytes(self, c: Conversion) -> dict[str, Array]:
+    def pair_bytes(self, c: Conversion) -> dict[str, Array]:
         """Bytes for every pair of specs: at the conversion's step, held as long as its `overlap`
         lasts, and of the old parameter's copy, which lives for the whole step."""
         sources, targets = self.rows(c.source)[0], self.rows(c.target)[0]
@@ -439,7 +443,7 @@ def _points(interval: Interval, active: Sequence[int]) -> list[int]:
     return [p for p, t in enumerate(active) if interval[0] <= t < interval[1]]
 
 
-def _add_edge(merged: dict[tuple[int, int], Array], i: int, j: int, m: Array) -> None:
+def add_edge(merged: dict[tuple[int, int], Array], i: int, j: int, m: Array) -> None:
     if (j, i) in merged:
         merged[j, i] = merged[j, i] + m.T
     elif (i, j) in merged:
