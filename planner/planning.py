@@ -408,17 +408,23 @@ class Planning:
 
     def solved(self, limit: float | None, weights: Weights, gap: float) -> Outcome:
         self.check_time(LAST_SHARE * (self.options.time_limit_s or 0.0))
-        ahead, waiting = weights
-        counts = [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
-        problem = self.space.problem(limit, self.active, counts, self.dispute_s)
+        problem = self.space.problem(limit, self.active, self.counts(weights), self.dispute_s)
         self.say(f"solving for {problem.size} decisions")
-        time_limit = self.clock.left() * SOLVE_SHARE if self.clock.limited else None
         outcome = solve(
-            problem, backend=self.options.backend, time_limit=time_limit,
+            problem, backend=self.options.backend, time_limit=self.solve_limit(),
             work_limit=WORK_LIMIT, seed=self.options.seed, gap=gap,
         )  # fmt: skip
         self.solving_s += outcome.seconds
         return outcome
+
+    def counts(self, weights: Weights) -> list[float]:
+        """What a second of each conversion counts."""
+        ahead, waiting = weights
+        return [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
+
+    def solve_limit(self) -> float | None:
+        """Seconds that one solve may take."""
+        return self.clock.left() * SOLVE_SHARE if self.clock.limited else None
 
     def infeasible(self) -> Infeasible:
         """The plan of least memory, between what is proven too little and the least peak seen."""

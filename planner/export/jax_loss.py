@@ -75,6 +75,9 @@ class LossWriter:
             if prefix and not set(named).isdisjoint(self.kept):
                 self.labels.append(self.variables[named[0]])
                 code = f'saved({code}, "{self.labels[-1]}")'
+                if named[0] in self.annotated and named[0] in {name for _, name in self.uses}:
+                    # Said of the saved value, too: else it may be saved as its readers want it.
+                    code = f'shard({code}, "{named[0]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
         return lines
 

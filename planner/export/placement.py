@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Op
+from planner.graph.derive import SAVED
 from planner.result import Result
 from planner.sharding.spec import Spec
 
@@ -38,7 +39,8 @@ class Placement:
 
 
 def placement(result: Result) -> Placement:
-    """The plan's placement."""
+    """The plan's placement. What is saved for the backward pass lies as it is saved."""
+    specs = {**result.specs, **_as_saved(result)}
     uses: dict[Use, Copy] = {}
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
@@ -50,13 +52,23 @@ def placement(result: Result) -> Placement:
         if op.attrs.get("onehot"):  # compilers have better ways than gathering the table
             operands.pop(op.ins[0], None)
         for name, spec in operands.items():
-            home = result.specs.get(name)
+            home = specs.get(name)
             if home is not None and not spec.partial and spec != home:
                 uses[op.name, name] = Copy(spec, _bound(home, spec))
         made = choice.result(op.rule, 0, order)
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
-    return Placement(result.specs, uses, sums)
+    return Placement(specs, uses, sums)
+
+
+def _as_saved(result: Result) -> dict[str, Spec]:
+    """Tensor → how each slice of its stack lies, where one is saved."""
+    found = {}
+    for stack, spec in result.specs.items():
+        name = stack.removesuffix(SAVED)
+        if name != stack and (lies := result.specs.get(name)) is not None:
+            found[name] = Spec(spec.dims[len(spec.dims) - len(lies.dims) :])
+    return found
 
 
 def only(result: Result, names: Collection[str]) -> Placement:

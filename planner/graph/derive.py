@@ -575,7 +575,8 @@ class Saved:
             ex.add(ex.x(0), ex.x(1)), dtype=t.dtype, attrs={CHOOSES: True},
         )  # fmt: skip
         op = self.scope.nodes.pop()
-        assert isinstance(op, Op) and made == name + AGAIN
+        assert isinstance(op, Op)
+        assert made == name + AGAIN
         return replace(op, phase="recompute")
 
     def _augmented(self, node: Node) -> Node:

@@ -22,6 +22,7 @@ from math import inf, isfinite
 from time import monotonic
 
 from meshes import LogicalMesh
+from planner.graph.derive import OPEN
 from planner.model import Model, Remat
 from planner.pins import PinError
 from planner.pipelining.pieces import PipelineError
@@ -37,6 +38,7 @@ from planner.planning import (
 from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
+from planner.saving import plan_saving, saving_bound
 from planner.search.pool import Spread, processes
 
 BATCH = 4
@@ -59,6 +61,7 @@ class Trial:
     remat: Remat | None = None
     model: Model | None = None  # if it is not the one that is searched for
     settings: tuple[str, ...] = ()  # of the model file, that make `model`
+    weighting: int = 0  # with the policy `open`: how communication counts (planner.saving)
     staged: bool = False
     bound_s: float = 0.0
     outcome: str = LEFT_OUT
@@ -104,7 +107,15 @@ def search(
     """
     with processes(len(candidates)) as spread:
         running = _Search(model, options, spread, progress)
-        return ranked(running.run(candidates))
+        return ranked(_distinct(running.run(candidates)))
+
+
+def _distinct(trials: Sequence[Trial]) -> list[Trial]:
+    """Without those that have come to save what another does."""
+    found: dict[object, Trial] = {}
+    for i, t in enumerate(trials):
+        found.setdefault((t.mesh, t.remat) if isinstance(t.remat, tuple) else i, t)
+    return list(found.values())
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
@@ -234,16 +245,21 @@ def _lost(call: _Call) -> Trial:
 
 def _bound(call: _Call) -> Trial:
     model = (call.trial.model or call.model).decided(call.trial.remat)
+    bound = saving_bound if call.trial.remat == OPEN else surrogate_bound
     try:
-        return replace(call.trial, bound_s=surrogate_bound(model, call.trial.mesh))
+        return replace(call.trial, bound_s=bound(model, call.trial.mesh))
     except PinError as error:
         return _impossible(call.trial, f"constraint {error}")
 
 
 def _plan(call: _Call) -> Trial:
     model = (call.trial.model or call.model).decided(call.trial.remat)
+    trial = call.trial
     try:
-        result = plan_model(model, call.trial.mesh, call.options)
+        if trial.remat == OPEN:
+            result = plan_saving(model, trial.mesh, call.options, trial.weighting)
+            return _told(replace(trial, remat=result.model.training.remat), FITS, result)
+        result = plan_model(model, trial.mesh, call.options)
     except Infeasible as error:
         return _told(call.trial, TOO_LARGE, error.result, error.explanation)
     except NothingFits:

@@ -1,18 +1,19 @@
 """`remat: auto`: what to save for the backward pass, as candidates of a search on one mesh.
 
-The fixed policies, and a chain of sets between full recomputation and none. Each is planned with
-an integer program of its own: saving and sharding are decided one inside the other, not in one
-program.
+The fixed policies, and what the integer program of sharding and saving decides (planner.saving).
+Where that is not possible, as in pipelines, sets of a chain between full recomputation and none
+stand for it.
 """
 
 from __future__ import annotations
 
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
+from planner import saving
 from planner.graph.core import Op
-from planner.graph.derive import training_step
+from planner.graph.derive import OPEN, training_step
 from planner.graph.saving import chain
-from planner.model import AUTO, FIXED_POLICIES, Model, Remat, Training
+from planner.model import AUTO, FIXED_POLICIES, Model, Training
 from planner.pins import in_loops
 from planner.search.candidates import Trial
 from planner.sharding.choices import Choice
@@ -20,7 +21,15 @@ from planner.sharding.formulate import choice_seconds
 
 
 def candidates(model: Model, mesh: LogicalMesh) -> list[Trial]:
-    """The fixed policies and the chain on `mesh`."""
+    """What may be saved on `mesh`."""
+    fixed = [Trial(mesh, remat) for remat in FIXED_POLICIES]
+    if saving.is_possible(model, mesh):
+        ways = range(saving.weightings(mesh))
+        return [*fixed, *(Trial(mesh, OPEN, weighting=w) for w in ways)]
+    return [*fixed, *(Trial(mesh, remat) for remat in _chain(model, mesh))]
+
+
+def _chain(model: Model, mesh: LogicalMesh) -> list[tuple[str, ...]]:
     keep = tuple(in_loops(model.constraints, model.members))
     tensors = training_step(model, keep).all_tensors()
 
@@ -29,9 +38,7 @@ def candidates(model: Model, mesh: LogicalMesh) -> list[Trial]:
         whole = Choice(((),) * len(op.rule.factors))
         return float(choice_seconds(op, [whole], tensors, mesh)[0])
 
-    sets = chain(model, seconds, ITEM_BYTES, keep)
-    choices: list[Remat] = [*FIXED_POLICIES, *sets]
-    return [Trial(mesh, remat) for remat in choices]
+    return chain(model, seconds, ITEM_BYTES, keep)
 
 
 def is_open(model: Model) -> bool:

@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.graph.core import Graph, Loop, Op
+from planner.graph.core import Graph, Op
 from planner.graph.derive import AGAIN, CHOOSES, SAVED
 from planner.ilp import Edge, Problem, Usage
 from planner.sharding.flow import Conversion
@@ -147,7 +147,9 @@ class SavingProgram:
 
     # ---- the problem ------------------------------------------------------------------------
 
-    def problem(self, limit: float | None, active: Sequence[int], weights: Sequence[float]) -> Problem:
+    def problem(
+        self, limit: float | None, active: Sequence[int], weights: Sequence[float]
+    ) -> Problem:
         """As `Space.problem`."""
         space = self.space
         costs = self._costs()
