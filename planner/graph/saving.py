@@ -44,9 +44,10 @@ def saved_values(model: Model) -> frozenset[str]:
 
 def _saved(nodes: Iterable[Node]) -> Iterable[str]:
     for node in nodes:
-        if isinstance(node, Loop) and node.phase == "forward":
-            yield from (s.inner for s in node.writes)
-            yield from _saved(node.body.nodes)
+        if isinstance(node, Loop):
+            if node.phase == "forward":
+                yield from (s.inner for s in node.writes)
+            yield from _saved(node.body.nodes)  # a loop over parts of the batch holds all phases
 
 
 def _backward_loops(nodes: Iterable[Node]) -> Iterable[Loop]:

@@ -1,8 +1,8 @@
 """`remat: auto`: what to save for the backward pass, as candidates of a search on one mesh.
 
 The fixed policies, and what the integer program of sharding and saving decides (planner.saving).
-Where that is not possible, as in pipelines, sets of a chain between full recomputation and none
-stand for it.
+Where it cannot decide everything (pipelines, loops inside of bodies), also sets of a chain between
+full recomputation and none.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner import saving
-from planner.graph.core import Op
+from planner.graph.core import Loop, Op
 from planner.graph.derive import OPEN, training_step
 from planner.graph.saving import chain
 from planner.model import AUTO, FIXED_POLICIES, Model, Training
@@ -22,11 +22,22 @@ from planner.sharding.formulate import choice_seconds
 
 def candidates(model: Model, mesh: LogicalMesh) -> list[Trial]:
     """What may be saved on `mesh`."""
-    fixed = [Trial(mesh, remat) for remat in FIXED_POLICIES]
-    if saving.is_possible(model, mesh):
+    found = [Trial(mesh, remat) for remat in FIXED_POLICIES]
+    together = saving.is_possible(model, mesh)
+    if together:
         ways = range(saving.weightings(mesh))
-        return [*fixed, *(Trial(mesh, OPEN, weighting=w) for w in ways)]
-    return [*fixed, *(Trial(mesh, remat) for remat in _chain(model, mesh))]
+        found += [Trial(mesh, OPEN, weighting=w) for w in ways]
+    if not together or _has_loops_in_bodies(model):
+        found += [Trial(mesh, remat) for remat in _chain(model, mesh)]
+    return found
+
+
+def _has_loops_in_bodies(model: Model) -> bool:
+    """Whether a body recomputes a loop: of
+    what is in it the integer program saves nothing."""
+    graph = training_step(model.decided("full"))
+    bodies = (loop.body.nodes for loop in graph.loops())
+    return any(isinstance(n, Loop) and n.phase == "recompute" for body in bodies for n in body)
 
 
 def _chain(model: Model, mesh: LogicalMesh) -> list[tuple[str, ...]]:

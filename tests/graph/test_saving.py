@@ -12,7 +12,7 @@ from graph_support import CASES, model, transformer
 from costmodels.program import ITEM_BYTES
 from planner.graph.core import Graph, Op
 from planner.graph.derive import training_step
-from planner.graph.saving import LINKS, chain
+from planner.graph.saving import LINKS, chain, saved_values
 from planner.model import Model
 from planner.values import reference
 
@@ -72,3 +72,10 @@ def test_what_is_named_is_saved_and_no_more() -> None:
 def test_undecided_is_full() -> None:
     made = transformer()
     assert saving(made, "auto") == saving(made, "full")
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "attention", "full"])
+def test_parts_of_the_batch_save_what_the_batch_does(remat: str) -> None:
+    whole, parts = (transformer(accumulation_steps=n, remat=remat) for n in (1, 2))
+    assert saved_values(parts) == saved_values(whole)
+    assert len(saved_values(parts)) >= 1
