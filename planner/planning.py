@@ -23,6 +23,7 @@ from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
 from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
+from planner.ilp.evaluate import evaluate
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Inference, Model
 from planner.pins import (
@@ -53,12 +54,15 @@ DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
 WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
 ENOUGH_GAP = 0.001  # differences of simulated times below this are noise
+LOOSE_GAP = 0.01  # while it is not known yet which steps need a memory constraint
 SOLVE_SHARE = 0.5  # of the time left that one solve may take: others may have to follow
 LAST_SHARE = 0.1  # of the time limit that is too short for another solve
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 # What a second of communication counts (of parameters and their gradients, of the rest), where
 # the simulator may hide it: weights are fetched ahead and gradients drain late, activations wait.
-OVERLAP_WEIGHTS = ((1.0, 1.0), (0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
+PLAIN = (1.0, 1.0)
+OVERLAP_WEIGHTS = ((0.1, 1.0), (0.1, 0.3), (0.02, 0.1), PLAIN)  # those that take longest last
+PROMISE = 0.07  # by how much the last may be faster than the others (measured: 0.055)
 LEAST_MEMORY_ROUNDS = 6  # limits tried between what is proven too little and what is enough
 LEAST_MEMORY_GAP = 0.1  # how far above the least possible peak is near enough
 LEAST_MEMORY_COST_GAP = 0.1  # any plan within such a limit will do, but not one absurdly slow
@@ -69,7 +73,8 @@ Weights = tuple[float, float]
 @dataclass(frozen=True)
 class Options:
     """How to plan. `memory_bytes`: limit per device instead of the chip's own. Without
-    `least_memory`, no plan is looked for once nothing fits (it takes longer than the proof)."""
+    `least_memory`, no plan is looked for once nothing fits (it takes longer than the proof). What
+    has no promise to be faster than `to_beat_s` is given up."""
 
     memory_bytes: int | None = None
     headroom: float = DEFAULT_HEADROOM
@@ -77,6 +82,7 @@ class Options:
     seed: int = 0
     backend: str = "auto"
     least_memory: bool = True
+    to_beat_s: float = inf
 
 
 class Infeasible(Exception):
@@ -90,6 +96,10 @@ class Infeasible(Exception):
 
 class Unsolved(Exception):
     """The limits on time or work ended the search before any plan was found."""
+
+
+class NoPromise(Unsolved):
+    """A first look says that the step will take longer than what is to be beaten."""
 
 
 class NothingFits(Unsolved):
@@ -201,6 +211,7 @@ class Candidate:
     memory: Memory
     timing: Timing
     disputed_s: float = 0.0  # what its disputes count
+    strategy: tuple[int, ...] = ()  # of the nodes of its space, if it was solved for
 
     @property
     def seconds(self) -> float:
@@ -292,9 +303,11 @@ class Planning:
 
     def fastest(self, find: Callable[[Weights], Candidate]) -> Candidate:
         """Of what `find` finds under several weights, what the simulator says is fastest."""
-        weighted = OVERLAP_WEIGHTS if self.mesh.chip.overlap else OVERLAP_WEIGHTS[:1]
+        weighted = OVERLAP_WEIGHTS if self.mesh.chip.overlap else (PLAIN,)
         found: list[Candidate] = []
         for weights in weighted:
+            if found and weights == PLAIN:
+                self.see_promise(found)
             try:
                 found.append(find(weights))
             except Unsolved:  # the best so far is the answer
@@ -302,11 +315,25 @@ class Planning:
                     raise
                 break
         fastest = min(found, key=lambda c: c.seconds)
-        # The proof concerns the unweighted surrogate.
-        proof = replace(found[0].plan.proof, seconds=self.solving_s)
-        if len(found) < len(weighted) and self.clock.limited:
-            proof = replace(proof, status="time_limit")
+        # The proof concerns the unweighted surrogate, of which the others have bounds, too.
+        proof = replace(found[-1].plan.proof, seconds=self.solving_s)
+        if len(found) < len(weighted):
+            proof = self.proof_of(fastest, max(c.plan.proof.bound_s for c in found))
         return replace(fastest, plan=replace(fastest.plan, proof=proof))
+
+    def see_promise(self, found: Sequence[Candidate]) -> None:
+        """Raises NoPromise where these plans are too slow for the last to make up for it."""
+        least = min(c.seconds for c in found)
+        if least > self.options.to_beat_s * (1 + PROMISE):
+            raise NoPromise("slower at first look")
+
+    def proof_of(self, candidate: Candidate, bound: float) -> Proof:
+        """What the time limit leaves of the proof. A bound of a weighted surrogate is one of the
+        unweighted."""
+        problem = self.space.problem(None, [], None, self.dispute_s)
+        objective = evaluate(problem, candidate.strategy).cost
+        gap = max(0.0, (objective - bound) / objective)
+        return Proof("time_limit", objective, bound, gap, self.solving_s)
 
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
@@ -381,15 +408,22 @@ class Planning:
     def within(self, target: float, weights: Weights, gap: float) -> Candidate | None:
         """Least surrogate cost among the plans whose peak is at most `target`; constraints are
         added as needed. None if there is none."""
+        wanted, fits = gap, None
         for _ in range(MEMORY_ROUNDS):
             limited = target - self.slack if self.active else None
-            outcome = self.solved(limited, weights, gap)
+            outcome = self.solved(limited, weights, wanted)
             if outcome.status == "infeasible":
-                return None
+                return fits
             candidate = self.candidate(outcome)
-            if candidate.memory.peak_bytes <= target:
+            if candidate.memory.peak_bytes > target:
+                self.constrain(candidate.memory, target)
+                wanted, fits = max(gap, LOOSE_GAP), None
+            elif fits is not None:
+                return better(fits, candidate)
+            elif gap < outcome.gap <= wanted:
+                wanted, fits = gap, candidate
+            else:
                 return candidate
-            self.constrain(candidate.memory, target)
         raise Unsolved(f"memory constraints did not settle in {MEMORY_ROUNDS} rounds")
 
     @property
@@ -438,7 +472,7 @@ class Planning:
                 break
             middle = sqrt(too_little * enough)
             try:
-                found = self.within(middle, OVERLAP_WEIGHTS[0], LEAST_MEMORY_COST_GAP)
+                found = self.within(middle, PLAIN, LEAST_MEMORY_COST_GAP)
             except Unsolved:  # the least so far is the answer
                 break
             if found is None:
@@ -453,9 +487,12 @@ class Planning:
 
     def candidate(self, outcome: Outcome, status: str = "") -> Candidate:
         found = self.lowered(self.candidate_plan(outcome, status))
-        if self.dispute_s and outcome.choice is not None:
-            disputes = self.space.disputes(outcome.choice.tolist())
-            found = replace(found, disputed_s=self.dispute_s * disputes)
+        if outcome.choice is not None:
+            strategy = tuple(outcome.choice[: len(self.space.keys)].tolist())
+            found = replace(found, strategy=strategy)
+            if self.dispute_s:
+                disputes = self.space.disputes(strategy)
+                found = replace(found, disputed_s=self.dispute_s * disputes)
         if self.leanest is None or found.memory.peak_bytes < self.leanest.memory.peak_bytes:
             self.leanest = found
         return found
@@ -480,6 +517,16 @@ class Planning:
             count_flops(self.graph), self.limit, self.options.headroom,
             resolve_specs(self.flow, c.plan, self.resharder), self.mesh.topology.notes,
         )  # fmt: skip
+
+
+def better(a: Candidate, b: Candidate) -> Candidate:
+    """Of two solutions of one problem that of less cost, with the better of both bounds."""
+    found = min(a, b, key=lambda c: c.plan.proof.objective_s)
+    bound = max(c.plan.proof.bound_s for c in (a, b))
+    objective = found.plan.proof.objective_s
+    gap = max(0.0, (objective - bound) / objective)
+    proof = replace(found.plan.proof, bound_s=min(bound, objective), gap=gap)
+    return replace(found, plan=replace(found.plan, proof=proof))
 
 
 def humps(profile: Sequence[int], limit: float) -> list[int]:

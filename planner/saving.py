@@ -21,6 +21,7 @@ from planner.planning import (
     EXACT_AXES,
     MEMORY_ROUNDS,
     OVERLAP_WEIGHTS,
+    PLAIN,
     WORK_LIMIT,
     NothingFits,
     Options,
@@ -42,9 +43,9 @@ def is_possible(model: Model, mesh: LogicalMesh) -> bool:
     return model.pipeline is None and axes <= EXACT_AXES
 
 
-def weightings(mesh: LogicalMesh) -> int:
-    """In how many ways communication may count on this chip: it may be hidden or not."""
-    return len(OVERLAP_WEIGHTS) if mesh.chip.overlap else 1
+def weightings(mesh: LogicalMesh) -> list[Weights]:
+    """How communication may count on this chip: it may be hidden or not."""
+    return list(OVERLAP_WEIGHTS) if mesh.chip.overlap else [PLAIN]
 
 
 def saving_bound(model: Model, mesh: LogicalMesh) -> float:
@@ -54,8 +55,8 @@ def saving_bound(model: Model, mesh: LogicalMesh) -> float:
     return quick_bound(planning.program.problem(None, [], plainly))
 
 
-def plan_saving(model: Model, mesh: LogicalMesh, options: Options, weighting: int) -> Result:
-    """The plan of what the ILP saves if communication counts as in that weighting.
+def plan_saving(model: Model, mesh: LogicalMesh, options: Options, weights: Weights) -> Result:
+    """The plan of what the ILP saves if communication counts so much.
 
     Raises NothingFits, Unsolved or PinError.
     """
@@ -63,7 +64,7 @@ def plan_saving(model: Model, mesh: LogicalMesh, options: Options, weighting: in
     best: Result | None = None
     tried: set[tuple[str, ...]] = set()
     for _ in range(ROUNDS):
-        saved = planning.saved(OVERLAP_WEIGHTS[weighting])
+        saved = planning.saved(weights)
         if saved is None or saved in tried:
             break
         tried.add(saved)

@@ -230,7 +230,7 @@ def _trials(title: str, trials: Sequence[Trial]) -> Iterator[RenderableType]:
     for t in trials[:TOP_TRIALS]:
         step = amounts.seconds(t.step_time_s) if t.plan else f"≥ {amounts.seconds(t.bound_s)}"
         found.add_row(
-            Text(t.name), step if t.plan or 0 < t.bound_s < float("inf") else "",
+            Text(t.name), step if t.plan or _bounds_step(t) else "",
             "" if t.peak_bytes is None else amounts.size(t.peak_bytes),
             "front" if t in best else "" if t.outcome == FITS else t.outcome,
             Text(t.mesh.assignment() if t.remat is None else remat_text(t.remat)),
@@ -240,6 +240,11 @@ def _trials(title: str, trials: Sequence[Trial]) -> Iterator[RenderableType]:
     outcomes = Counter(t.outcome for t in trials[TOP_TRIALS:])
     if outcomes:
         yield Text("and " + ", ".join(f"{n} more {what}" for what, n in outcomes.items()))
+
+
+def _bounds_step(t: Trial) -> bool:
+    """Whether its bound is one of the step time: it is one of the serial time."""
+    return not t.mesh.chip.overlap and 0 < t.bound_s < float("inf")
 
 
 def _assumed(result: Result, sensitivity: Sequence[Sensitivity]) -> Iterator[Text]:

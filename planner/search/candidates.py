@@ -6,9 +6,9 @@ the model file (a pipeline's microbatches).
 Where the chip does not overlap communication and computation, the surrogate's bound is one of
 the step time. Candidates then are planned in the order of their bounds until no bound leaves
 room for a faster plan. Where it does, the bound only says where to look first: ordinary candidates
-(meshes of one and two axes, fixed policies) are all planned, the others in order of promise, until
-several in a row bring nothing. Pipelines, of which no bound is known, come last in their own order,
-again until several in a row bring nothing.
+(meshes of one and two axes, fixed policies) are all planned, the others in order of promise,
+unless a first look rules them out, until several in a row bring nothing. Pipelines, of which no
+bound is known, come last in their own order, again until several in a row bring nothing.
 
 Candidates are planned in batches of a fixed size, so the answer does not depend on how many
 processes share the work.
@@ -28,10 +28,13 @@ from planner.pins import PinError
 from planner.pipelining.pieces import PipelineError
 from planner.plan import Plan
 from planner.planning import (
+    PLAIN,
     Infeasible,
+    NoPromise,
     NothingFits,
     Options,
     Unsolved,
+    Weights,
     plan_model,
     surrogate_bound,
 )
@@ -46,9 +49,9 @@ SAME = 1e-3  # step times that differ by less are equal
 ORDINARY_AXES = 2
 PATIENCE = 8  # candidates in a row that may fail to be faster
 FALLBACKS = 5  # candidates of which the plan of least memory is sought if nothing fits
-FITS, TOO_LARGE, UNSOLVED, SLOWER, LEFT_OUT, IMPOSSIBLE, LOST = (
-    "fits", "does not fit", "no plan in time", "slower", "left out", "impossible",
-    "planning ran out of memory",
+FITS, TOO_LARGE, UNSOLVED, SLOWER, LOOKED_SLOWER, LEFT_OUT, IMPOSSIBLE, LOST = (
+    "fits", "does not fit", "no plan in time", "slower", "slower at first look", "left out",
+    "impossible", "planning ran out of memory",
 )  # fmt: skip
 
 
@@ -61,7 +64,7 @@ class Trial:
     remat: Remat | None = None
     model: Model | None = None  # if it is not the one that is searched for
     settings: tuple[str, ...] = ()  # of the model file, that make `model`
-    weighting: int = 0  # with the policy `open`: how communication counts (planner.saving)
+    weights: Weights = PLAIN  # with the policy `open`: what communication counts
     staged: bool = False
     bound_s: float = 0.0
     outcome: str = LEFT_OUT
@@ -181,13 +184,22 @@ class _Search:
             waiting = [i for i in waiting if not self._hopeless(i)]
             batch, waiting = waiting[:BATCH], waiting[BATCH:]
             options = self._options()
-            calls = [_Call(self.model, self.trials[i], options) for i in batch]
+            calls = [
+                _Call(self.model, self.trials[i], replace(options, to_beat_s=self._to_beat(i)))
+                for i in batch
+            ]
             for i, trial in zip(batch, self._each(_plan, calls, "planning"), strict=True):
                 self.settled[i] = trial
                 faster = trial.outcome == FITS and trial.step_time_s < self.best_s * (1 - SAME)
                 idle = 0 if faster else idle + 1
                 if trial.outcome == FITS:
                     self.best_s = min(self.best_s, trial.step_time_s)
+
+    def _to_beat(self, i: int) -> float:
+        """Where bounds say little, and planning takes long, a first look may settle a trial."""
+        trial = self.trials[i]
+        looks = trial.mesh.chip.overlap and not trial.ordinary and not trial.staged
+        return self.best_s if looks else inf
 
     def _hopeless(self, i: int) -> bool:
         """Settles what its constraints or its bound rule out."""
@@ -257,13 +269,15 @@ def _plan(call: _Call) -> Trial:
     trial = call.trial
     try:
         if trial.remat == OPEN:
-            result = plan_saving(model, trial.mesh, call.options, trial.weighting)
+            result = plan_saving(model, trial.mesh, call.options, trial.weights)
             return _told(replace(trial, remat=result.model.training.remat), FITS, result)
         result = plan_model(model, trial.mesh, call.options)
     except Infeasible as error:
         return _told(call.trial, TOO_LARGE, error.result, error.explanation)
     except NothingFits:
         return replace(call.trial, outcome=TOO_LARGE)
+    except NoPromise:
+        return replace(trial, outcome=LOOKED_SLOWER)
     except Unsolved as error:
         return replace(call.trial, outcome=UNSOLVED, explanation=(str(error),))
     except PipelineError as error:

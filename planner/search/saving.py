@@ -25,8 +25,7 @@ def candidates(model: Model, mesh: LogicalMesh) -> list[Trial]:
     found = [Trial(mesh, remat) for remat in FIXED_POLICIES]
     together = saving.is_possible(model, mesh)
     if together:
-        ways = range(saving.weightings(mesh))
-        found += [Trial(mesh, OPEN, weighting=w) for w in ways]
+        found += [Trial(mesh, OPEN, weights=w) for w in saving.weightings(mesh)]
     if not together or _has_loops_in_bodies(model):
         found += [Trial(mesh, remat) for remat in _chain(model, mesh)]
     return found

@@ -15,10 +15,9 @@ from planner.graph.builder import Builder
 from planner.graph.derive import CHOOSES, OPEN, training_step
 from planner.graph.saving import saved_values
 from planner.model import Model, Remat, Training
-from planner.planning import ENOUGH_GAP, OVERLAP_WEIGHTS, Options, Planning, Unsolved
+from planner.planning import ENOUGH_GAP, PLAIN, Options, Planning, Unsolved
 from planner.saving import SavingPlanning, plan_saving, saving_bound
 
-PLAIN = OVERLAP_WEIGHTS[0]
 VALUES = ("layers.h", "layers.act", "layers.y", "layers.gated", "layers.z")
 LEAST, MOST = 37 * 2**20, 78 * 2**20  # what saving nothing and everything needs
 
@@ -81,7 +80,7 @@ def test_no_set_of_values_is_better(axes: int, share: float) -> None:
     saved = open_planning.saved(PLAIN)
     assert saved is not None
     assert costs[tuple(v for v in VALUES if v in saved)] <= best * (1 + 2 * ENOUGH_GAP)
-    result = plan_saving(layers_of(OPEN), mesh(axes), options(limit), 0)
+    result = plan_saving(layers_of(OPEN), mesh(axes), options(limit), PLAIN)
     assert result.memory.peak_bytes <= limit
     assert saving_bound(layers_of(OPEN), mesh(axes)) <= best
     if share == 0.5:  # what is worth saving is not what is worth most by itself
@@ -93,4 +92,4 @@ def test_what_cannot_fit_is_not_decided() -> None:
     tight = SavingPlanning(layers_of(OPEN), mesh(1), options(2**20), {}, None)
     assert tight.saved(PLAIN) is None
     with pytest.raises(Unsolved):
-        plan_saving(layers_of(OPEN), mesh(1), options(2**20), 0)
+        plan_saving(layers_of(OPEN), mesh(1), options(2**20), PLAIN)
