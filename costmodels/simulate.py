@@ -51,7 +51,7 @@ QUEUE = 256
 @dataclass(frozen=True)
 class Event:
     """Something that ran. `stream`: "compute" or "network"; iterations that repeat are one
-    event of kind "repeat" on stream "compute"."""
+    event of kind "repeat" on stream "compute". `tensor`: what a collective moves."""
 
     name: str
     stream: str
@@ -59,6 +59,7 @@ class Event:
     duration_s: float
     phase: str
     kind: str
+    tensor: str = ""
 
 
 @dataclass(frozen=True)
@@ -420,18 +421,20 @@ class _Simulation:
 
     def _record_item(self, item: Item, stream: str, start: int) -> None:
         what = item.instruction
+        tensor = ""
         if isinstance(what, Collective):
-            name, kind = f"{what.kind} {what.tensor}", what.kind
+            name, kind, tensor = f"{what.kind} {what.tensor}", what.kind, what.tensor
         else:
             name, kind = what.kernel.name, what.kernel.kind
-        self._record(name, stream, start, item.units, what.phase, kind)
+        self._record(name, stream, start, item.units, what.phase, kind, tensor)
 
     def _record(
-        self, name: str, stream: str, start: int, units: int, phase: str, kind: str
-    ) -> None:
+        self, name: str, stream: str, start: int, units: int, phase: str, kind: str,
+        tensor: str = "",
+    ) -> None:  # fmt: skip
         if self.trace:
             at = (start + self.skipped) / UNITS_PER_S
-            self.events.append(Event(name, stream, at, units / UNITS_PER_S, phase, kind))
+            self.events.append(Event(name, stream, at, units / UNITS_PER_S, phase, kind, tensor))
 
 
 def _points(layout: Layout, overlap: Overlap) -> dict[int, _Points]:

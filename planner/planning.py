@@ -6,12 +6,13 @@ memory constraints added where the lowered program exceeds the limit, simulate w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, sqrt
 from typing import TYPE_CHECKING
 
+from costmodels.exposure import exposed_shares
 from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
@@ -23,7 +24,6 @@ from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
 from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
-from planner.ilp.evaluate import evaluate
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Inference, Model
 from planner.pins import (
@@ -46,6 +46,17 @@ from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_r
 from planner.sharding.reshard import Resharder
 from planner.sharding.spec import Spec
 from planner.tying import tied_annotation, tied_meshes, untied
+from planner.weighting import (
+    GUESSES,
+    LOOK,
+    PLAIN,
+    PROMISE,
+    ROUNDS,
+    Counts,
+    Exposure,
+    Weights,
+    settled,
+)
 
 if TYPE_CHECKING:
     from planner.pipelining.planning import PipelinePlanning
@@ -58,16 +69,9 @@ LOOSE_GAP = 0.01  # while it is not known yet which steps need a memory constrai
 SOLVE_SHARE = 0.5  # of the time left that one solve may take: others may have to follow
 LAST_SHARE = 0.1  # of the time limit that is too short for another solve
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
-# What a second of communication counts (of parameters and their gradients, of the rest), where
-# the simulator may hide it: weights are fetched ahead and gradients drain late, activations wait.
-PLAIN = (1.0, 1.0)
-OVERLAP_WEIGHTS = ((0.1, 1.0), (0.1, 0.3), (0.02, 0.1), PLAIN)  # those that take longest last
-PROMISE = 0.07  # by how much the last may be faster than the others (measured: 0.055)
 LEAST_MEMORY_ROUNDS = 6  # limits tried between what is proven too little and what is enough
 LEAST_MEMORY_GAP = 0.1  # how far above the least possible peak is near enough
 LEAST_MEMORY_COST_GAP = 0.1  # any plan within such a limit will do, but not one absurdly slow
-
-Weights = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -211,7 +215,6 @@ class Candidate:
     memory: Memory
     timing: Timing
     disputed_s: float = 0.0  # what its disputes count
-    strategy: tuple[int, ...] = ()  # of the nodes of its space, if it was solved for
 
     @property
     def seconds(self) -> float:
@@ -301,39 +304,47 @@ class Planning:
             return self.tied()
         return self.result(self.fastest(self.fitting))
 
-    def fastest(self, find: Callable[[Weights], Candidate]) -> Candidate:
-        """Of what `find` finds under several weights, what the simulator says is fastest."""
-        weighted = OVERLAP_WEIGHTS if self.mesh.chip.overlap else (PLAIN,)
-        found: list[Candidate] = []
-        for weights in weighted:
-            if found and weights == PLAIN:
-                self.see_promise(found)
-            try:
-                found.append(find(weights))
-            except Unsolved:  # the best so far is the answer
-                if not found:
-                    raise
-                break
-        fastest = min(found, key=lambda c: c.seconds)
-        # The proof concerns the unweighted surrogate, of which the others have bounds, too.
-        proof = replace(found[-1].plan.proof, seconds=self.solving_s)
-        if len(found) < len(weighted):
-            proof = self.proof_of(fastest, max(c.plan.proof.bound_s for c in found))
-        return replace(fastest, plan=replace(fastest.plan, proof=proof))
+    def fastest(self, find: Callable[[Counts], Candidate]) -> Candidate:
+        """What `find` finds; where communication is hidden, of what it finds under many weights
+        that which the simulator says is fastest."""
+        if not self.mesh.chip.overlap:
+            found = find(self.counts(PLAIN))
+            return self.proven(found, found.plan.proof.status)
+        seen: list[Candidate] = []
+        status = ""
+        try:
+            for counts in self.countings(seen):
+                seen.append(find(counts))
+        except NoPromise:
+            raise
+        except Unsolved:  # the best so far is the answer
+            if not seen:
+                raise
+            status = "time_limit" if self.clock.limited else ""
+        fastest = min(seen, key=lambda c: c.seconds)
+        return self.proven(fastest, status or fastest.plan.proof.status)
 
-    def see_promise(self, found: Sequence[Candidate]) -> None:
-        """Raises NoPromise where these plans are too slow for the last to make up for it."""
-        least = min(c.seconds for c in found)
-        if least > self.options.to_beat_s * (1 + PROMISE):
-            raise NoPromise("slower at first look")
+    def proven(self, candidate: Candidate, status: str) -> Candidate:
+        """With the time of all solves in its proof."""
+        proof = replace(candidate.plan.proof, status=status, seconds=self.solving_s)
+        return replace(candidate, plan=replace(candidate.plan, proof=proof))
 
-    def proof_of(self, candidate: Candidate, bound: float) -> Proof:
-        """What the time limit leaves of the proof. A bound of a weighted surrogate is one of the
-        unweighted."""
-        problem = self.space.problem(None, [], None, self.dispute_s)
-        objective = evaluate(problem, candidate.strategy).cost
-        gap = max(0.0, (objective - bound) / objective)
-        return Proof("time_limit", objective, bound, gap, self.solving_s)
+    def countings(self, seen: Sequence[Candidate]) -> Iterator[Counts]:
+        """Guesses what communication counts, then what has been exposed in the plans `seen`,
+        which grow meanwhile, until their times settle. Raises NoPromise."""
+        yield from (self.counts(weights) for weights in GUESSES)
+        exposure = Exposure()
+        last = min(seen, key=lambda c: c.seconds)
+        guessed = self.counts(GUESSES[0])
+        for n in range(ROUNDS):
+            times = [c.seconds for c in seen]
+            if n == LOOK and min(times) > self.options.to_beat_s * (1 + PROMISE):
+                raise NoPromise("slower at first look")
+            if settled(times[len(GUESSES) :], ENOUGH_GAP):
+                return
+            exposure.see(exposed_shares(last.program, self.mesh))
+            yield exposure.counts(self.flow.conversions, guessed)
+            last = seen[-1]
 
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
@@ -392,26 +403,26 @@ class Planning:
 
     # ---- the ILP with memory ---------------------------------------------------------------
 
-    def fitting(self, weights: Weights) -> Candidate:
+    def fitting(self, counts: Counts) -> Candidate:
         """Least surrogate cost among the plans that fit."""
-        found = self.within(self.target, weights, ENOUGH_GAP)
+        found = self.within(self.target, counts, ENOUGH_GAP)
         if found is not None:
             return found
         if not self.options.least_memory:
             raise NothingFits("nothing fits")
         raise self.infeasible()
 
-    def unlimited(self, weights: Weights) -> Candidate:
+    def unlimited(self, counts: Counts) -> Candidate:
         """Least surrogate cost, whatever memory it takes."""
-        return self.candidate(self.solved(None, weights, ENOUGH_GAP))
+        return self.candidate(self.solved(None, counts, ENOUGH_GAP))
 
-    def within(self, target: float, weights: Weights, gap: float) -> Candidate | None:
+    def within(self, target: float, counts: Counts, gap: float) -> Candidate | None:
         """Least surrogate cost among the plans whose peak is at most `target`; constraints are
         added as needed. None if there is none."""
         wanted, fits = gap, None
         for _ in range(MEMORY_ROUNDS):
             limited = target - self.slack if self.active else None
-            outcome = self.solved(limited, weights, wanted)
+            outcome = self.solved(limited, counts, wanted)
             if outcome.status == "infeasible":
                 return fits
             candidate = self.candidate(outcome)
@@ -440,9 +451,9 @@ class Planning:
             return
         self.slack += memory.peak_bytes - target + 1
 
-    def solved(self, limit: float | None, weights: Weights, gap: float) -> Outcome:
+    def solved(self, limit: float | None, counts: Counts, gap: float) -> Outcome:
         self.check_time(LAST_SHARE * (self.options.time_limit_s or 0.0))
-        problem = self.space.problem(limit, self.active, self.counts(weights), self.dispute_s)
+        problem = self.space.problem(limit, self.active, counts, self.dispute_s)
         self.say(f"solving for {problem.size} decisions")
         outcome = solve(
             problem, backend=self.options.backend, time_limit=self.solve_limit(),
@@ -472,7 +483,7 @@ class Planning:
                 break
             middle = sqrt(too_little * enough)
             try:
-                found = self.within(middle, PLAIN, LEAST_MEMORY_COST_GAP)
+                found = self.within(middle, self.counts(PLAIN), LEAST_MEMORY_COST_GAP)
             except Unsolved:  # the least so far is the answer
                 break
             if found is None:
@@ -487,12 +498,9 @@ class Planning:
 
     def candidate(self, outcome: Outcome, status: str = "") -> Candidate:
         found = self.lowered(self.candidate_plan(outcome, status))
-        if outcome.choice is not None:
-            strategy = tuple(outcome.choice[: len(self.space.keys)].tolist())
-            found = replace(found, strategy=strategy)
-            if self.dispute_s:
-                disputes = self.space.disputes(strategy)
-                found = replace(found, disputed_s=self.dispute_s * disputes)
+        if self.dispute_s and outcome.choice is not None:
+            disputes = self.space.disputes(outcome.choice.tolist())
+            found = replace(found, disputed_s=self.dispute_s * disputes)
         if self.leanest is None or found.memory.peak_bytes < self.leanest.memory.peak_bytes:
             self.leanest = found
         return found

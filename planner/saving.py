@@ -20,18 +20,16 @@ from planner.planning import (
     ENOUGH_GAP,
     EXACT_AXES,
     MEMORY_ROUNDS,
-    OVERLAP_WEIGHTS,
-    PLAIN,
     WORK_LIMIT,
     NothingFits,
     Options,
     Planning,
     Unsolved,
-    Weights,
     humps,
 )
 from planner.result import Result
 from planner.sharding.saving import SavingProgram
+from planner.weighting import GUESSES, PLAIN, Weights
 
 ROUNDS = 3  # of finding out how much memory the ILP does not count
 LESS = 0.03  # share of the limit by which it is lowered if what was decided does not fit
@@ -45,7 +43,7 @@ def is_possible(model: Model, mesh: LogicalMesh) -> bool:
 
 def weightings(mesh: LogicalMesh) -> list[Weights]:
     """How communication may count on this chip: it may be hidden or not."""
-    return list(OVERLAP_WEIGHTS) if mesh.chip.overlap else [PLAIN]
+    return list(GUESSES) if mesh.chip.overlap else [PLAIN]
 
 
 def saving_bound(model: Model, mesh: LogicalMesh) -> float:

@@ -26,10 +26,11 @@ from planner.lowering.lower import lower
 from planner.pipelining.pieces import Piece
 from planner.pipelining.stages import microbatch_loop, received_stacks, sent_stacks, stage_program
 from planner.plan import Plan
-from planner.planning import ENOUGH_GAP, OVERLAP_WEIGHTS, Candidate, Planning
+from planner.planning import ENOUGH_GAP, Candidate, Planning
 from planner.sharding.flow import Flow, Home, build_flow
 from planner.sharding.formulate import HomeSeconds
 from planner.sharding.spec import Spec
+from planner.weighting import PLAIN
 
 UPDATE = "update"  # the phase in which gradients of shared parameters cross
 Crossing = tuple[str, str]  # (phase, key): what crosses, and when
@@ -163,7 +164,7 @@ class StagePlanning(Planning):
 
     def settled(self) -> dict[Crossing, Spec]:
         """How what crosses lies best, if all stages were like this one (`settling` is set)."""
-        outcome = self.solved(None, OVERLAP_WEIGHTS[0], ENOUGH_GAP)
+        outcome = self.solved(None, self.counts(PLAIN), ENOUGH_GAP)
         plan = self.candidate_plan(outcome)
         found = {}
         for key, names in self.edges.items():

@@ -28,13 +28,11 @@ from planner.pins import PinError
 from planner.pipelining.pieces import PipelineError
 from planner.plan import Plan
 from planner.planning import (
-    PLAIN,
     Infeasible,
     NoPromise,
     NothingFits,
     Options,
     Unsolved,
-    Weights,
     plan_model,
     surrogate_bound,
 )
@@ -43,6 +41,7 @@ from planner.report import amounts
 from planner.result import Result
 from planner.saving import plan_saving, saving_bound
 from planner.search.pool import Spread, processes
+from planner.weighting import PLAIN, Weights
 
 BATCH = 4
 SAME = 1e-3  # step times that differ by less are equal

@@ -15,8 +15,9 @@ from planner.graph.builder import Builder
 from planner.graph.derive import CHOOSES, OPEN, training_step
 from planner.graph.saving import saved_values
 from planner.model import Model, Remat, Training
-from planner.planning import ENOUGH_GAP, PLAIN, Options, Planning, Unsolved
+from planner.planning import ENOUGH_GAP, Options, Planning, Unsolved
 from planner.saving import SavingPlanning, plan_saving, saving_bound
+from planner.weighting import PLAIN
 
 VALUES = ("layers.h", "layers.act", "layers.y", "layers.gated", "layers.z")
 LEAST, MOST = 37 * 2**20, 78 * 2**20  # what saving nothing and everything needs
@@ -72,7 +73,7 @@ def test_no_set_of_values_is_better(axes: int, share: float) -> None:
     for saved in chain.from_iterable(combinations(VALUES, n) for n in range(len(VALUES) + 1)):
         plain = planning(saved, axes)
         plain.active, plain.slack = [], 0.0
-        found = plain.within(limit, PLAIN, ENOUGH_GAP)
+        found = plain.within(limit, plain.counts(PLAIN), ENOUGH_GAP)
         if found is not None:
             costs[saved] = found.plan.proof.objective_s
     best = min(costs.values())

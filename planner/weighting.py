@@ -1,0 +1,57 @@
+"""What a second of communication counts in the surrogate, where a chip hides it.
+
+The ILP adds up seconds; how many of them computation hides only the simulator knows, of a plan
+that there is already. So planning takes turns: a few guesses (weights of parameters are fetched
+ahead and their gradients drain late, activations wait), then what was exposed in the last plan,
+averaged over the rounds, decides what the next one pays for.
+
+Only the weights belong here; plans are made of them in `planner.planning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from costmodels.exposure import Moved
+from planner.sharding.flow import Conversion
+
+Weights = tuple[float, float]  # of parameters and their gradients, and of the rest
+Counts = Sequence[float]  # of every conversion
+
+PLAIN = (1.0, 1.0)
+GUESSES = ((0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
+ROUNDS = 8  # that follow what was exposed
+LOOK = 4  # rounds after which the promise of a plan is known,
+PROMISE = 0.06  # by how much it may get better after those (measured: 0.04)
+LEAST = 0.03  # what is hidden is not free: there may be too much of it
+NEWEST = 0.25  # least weight of the last round in the average
+
+
+@dataclass
+class Exposure:
+    """Exposed shares of what has been moved in any round."""
+
+    shares: dict[Moved, float] = field(default_factory=dict)
+    rounds: int = 0
+
+    def see(self, shares: Mapping[Moved, float]) -> None:
+        """One more round: averages, in which the latest rounds count most."""
+        self.rounds += 1
+        newest = max(NEWEST, 1 / self.rounds)
+        for moved, share in shares.items():
+            known = self.shares.get(moved, share)
+            self.shares[moved] = known + newest * (share - known)
+
+    def counts(self, conversions: Sequence[Conversion], guessed: Counts) -> list[float]:
+        """Of each conversion; a guess for what has never been moved."""
+        return [
+            max(LEAST, self.shares.get((c.tensor, c.phase), guess))
+            for c, guess in zip(conversions, guessed, strict=True)
+        ]
+
+
+def settled(seconds: Sequence[float], same: float) -> bool:
+    """Whether rounds that took so long have come to rest."""
+    last = seconds[-3:]
+    return len(last) == 3 and max(last) - min(last) <= same * min(last)
