@@ -65,7 +65,7 @@ DEFAULT_HEADROOM = 0.1  # how much more than predicted a compiler may need
 EXACT_AXES = 3  # above, two axes are tied: the choices would not fit in memory
 WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every machine
 ENOUGH_GAP = 0.001  # differences of simulated times below this are noise
-LOOSE_GAP = 0.01  # while it is not known yet which steps need a memory constraint
+LOOSE_GAP = 0.01  # where the surrogate is rough, or constraints for memory are still to come
 SOLVE_SHARE = 0.5  # of the time left that one solve may take: others may have to follow
 LAST_SHARE = 0.1  # of the time limit that is too short for another solve
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
@@ -340,7 +340,7 @@ class Planning:
             times = [c.seconds for c in seen]
             if n == LOOK and min(times) > self.options.to_beat_s * (1 + PROMISE):
                 raise NoPromise("slower at first look")
-            if settled(times[len(GUESSES) :], ENOUGH_GAP):
+            if settled(times[len(GUESSES) :]):
                 return
             exposure.see(exposed_shares(last.program, self.mesh))
             yield exposure.counts(self.flow.conversions, guessed)
@@ -403,9 +403,14 @@ class Planning:
 
     # ---- the ILP with memory ---------------------------------------------------------------
 
+    @property
+    def enough_gap(self) -> float:
+        """How near to the least surrogate cost is near enough."""
+        return LOOSE_GAP if self.mesh.chip.overlap else ENOUGH_GAP
+
     def fitting(self, counts: Counts) -> Candidate:
         """Least surrogate cost among the plans that fit."""
-        found = self.within(self.target, counts, ENOUGH_GAP)
+        found = self.within(self.target, counts, self.enough_gap)
         if found is not None:
             return found
         if not self.options.least_memory:
@@ -414,7 +419,7 @@ class Planning:
 
     def unlimited(self, counts: Counts) -> Candidate:
         """Least surrogate cost, whatever memory it takes."""
-        return self.candidate(self.solved(None, counts, ENOUGH_GAP))
+        return self.candidate(self.solved(None, counts, self.enough_gap))
 
     def within(self, target: float, counts: Counts, gap: float) -> Candidate | None:
         """Least surrogate cost among the plans whose peak is at most `target`; constraints are

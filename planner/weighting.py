@@ -25,6 +25,7 @@ ROUNDS = 8  # that follow what was exposed
 LOOK = 4  # rounds after which the promise of a plan is known,
 PROMISE = 0.06  # by how much it may get better after those (measured: 0.04)
 LEAST = 0.03  # what is hidden is not free: there may be too much of it
+RESTS = 0.003  # share by which three rounds that have come to rest may differ
 NEWEST = 0.25  # least weight of the last round in the average
 
 
@@ -51,7 +52,7 @@ class Exposure:
         ]
 
 
-def settled(seconds: Sequence[float], same: float) -> bool:
-    """Whether rounds that took so long have come to rest."""
+def settled(seconds: Sequence[float]) -> bool:
+    """Whether the step times of the rounds have come to rest."""
     last = seconds[-3:]
-    return len(last) == 3 and max(last) - min(last) <= same * min(last)
+    return len(last) == 3 and max(last) - min(last) <= RESTS * min(last)

@@ -46,6 +46,8 @@ SEARCH_STEPS = 300
 """Neighbourhoods when there is no time limit."""
 MARGIN_SHARE = 0.3
 """Neighbourhoods leave out strategies whose regret exceeds this share of the gap."""
+STALLED = 10
+"""Steps that have to bring something, where a gap is good enough."""
 GUIDE_EVERY = 40
 """Steps between two looks at the dual's regrets."""
 NEIGHBOURHOOD_EVERY = 3
@@ -217,10 +219,15 @@ class Anytime:
     def _improve(self, moves: Moves, other: Partner | None) -> None:
         """Dual rounds, merges and neighbourhoods in turn."""
         limit = SEARCH_STEPS if self.work_limit is None else self.work_limit
-        steps = 0
+        steps, between = 0, np.inf
         while not self.clock.over() and not self._closed():
             if self._bounded and steps >= limit:
                 return
+            if self._bounded and steps % STALLED == 0:
+                # Who is content with a gap does not wait for what is less than half of it.
+                last, between = between, self.cost - self.bound
+                if last - between < self.gap * abs(self.cost) / 2:
+                    return
             moves.step(steps)
             steps += 1
             if other is not None:
