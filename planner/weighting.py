@@ -20,7 +20,7 @@ Weights = tuple[float, float]  # of parameters and their gradients, and of the r
 Counts = Sequence[float]  # of every conversion
 
 PLAIN = (1.0, 1.0)
-GUESSES = ((0.1, 1.0), (0.1, 0.3), (0.02, 0.1))
+GUESSES = ((0.1, 1.0), (0.1, 0.3), (0.02, 0.1), PLAIN)
 ROUNDS = 8  # that follow what was exposed
 LOOK = 4  # rounds after which the promise of a plan is known,
 PROMISE = 0.06  # by how much it may get better after those (measured: 0.04)

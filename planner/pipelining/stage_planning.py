@@ -5,7 +5,7 @@ The other stages of a device are taken for copies of this one until all are plan
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -30,7 +30,7 @@ from planner.planning import ENOUGH_GAP, Candidate, Planning
 from planner.sharding.flow import Flow, Home, build_flow
 from planner.sharding.formulate import HomeSeconds
 from planner.sharding.spec import Spec
-from planner.weighting import PLAIN
+from planner.weighting import GUESSES, PLAIN, Counts
 
 UPDATE = "update"  # the phase in which gradients of shared parameters cross
 Crossing = tuple[str, str]  # (phase, key): what crosses, and when
@@ -147,6 +147,10 @@ class StagePlanning(Planning):
         stage = self.stage(plan)
         memory = read_alike(StageMemory.of(stage), self.copies, self.chunks)
         return Candidate(plan, stage.program, memory, self._timed(stage))
+
+    def countings(self, seen: Sequence[Candidate]) -> Iterator[Counts]:
+        """Guesses only: what a stage exposes depends on the others."""
+        yield from (self.counts(weights) for weights in GUESSES)
 
     def stage(self, plan: Plan) -> StageProgram:
         program = lower(self.flow, plan, self.resharder)

@@ -10,7 +10,7 @@ import meshes
 from planner.planning import NoPromise, Options, Planning, plan_model
 from planner.sharding.flow import Conversion, Place
 from planner.source import find
-from planner.weighting import GUESSES, LEAST, PLAIN, Exposure, settled
+from planner.weighting import GUESSES, LEAST, Exposure, settled
 
 
 def moved(tensor: str, phase: str) -> Conversion:
@@ -39,7 +39,7 @@ def test_what_was_exposed_leads_to_faster_plans_than_guesses() -> None:
     model = find("llama3-8b").load()
     mesh = meshes.logical(meshes.resolve(model.mesh or ""), {"data": 16, "model": 8})
     planning = Planning(model, mesh, Options(), {}, None)
-    guessed = [planning.fitting(planning.counts(w)).seconds for w in (*GUESSES, PLAIN)]
+    guessed = [planning.fitting(planning.counts(w)).seconds for w in GUESSES]
     found = plan_model(model, mesh)
     assert found.fits
     assert found.timing.step_time_s < 0.97 * min(guessed)
