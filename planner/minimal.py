@@ -52,10 +52,9 @@ def minimal(
     starts = [*_agreeing(result, options), result]
     # As good as the plan, or as all of its annotations: these bind gradients that the plan lays
     # otherwise, and what it keeps in memory, so that they may stand for a slower or larger step.
-    plainly = {a.name: a.axes for a in annotated(result)}
-    reads = [_read(result, axes, options) for axes in (plainly, _told(result))]
-    readings = [read for read in reads if read is not None]
-    for aim in (result, *sorted(readings, key=lambda read: read.timing.step_time_s)):
+    for aim in (result, _read(result, _told(result), options)):
+        if aim is None:
+            break
         searches = [_Search(result, aim, _told(start), options, progress) for start in starts]
         found = [search for search in searches if search.smallest()]
         if found:

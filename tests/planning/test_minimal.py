@@ -27,7 +27,7 @@ graph:
     - loss = mean(square(z - y))
 dims: {B: 4096, D: 1024, F: 4096}
 """
-ON = meshes.logical(meshes.resolve("dgx-a100-80gb:1x8"), {"data": 4, "model": 2})
+ON = meshes.logical(meshes.resolve("tpu-v3:2x2"), {"data": 4, "model": 2})
 
 
 def test_none_can_be_dropped_and_no_claim_is_wrong() -> None:
