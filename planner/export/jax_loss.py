@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.export.jax_ops import OpText, reads, statements
+from planner.export.placement import Gradient
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
-    "saved",
+    "saved", "product",
     *keyword.kwlist, *dir(builtins),
 }  # fmt: skip
 
@@ -33,6 +34,9 @@ class LossWriter:
     kept: Collection[str]
     uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
     sums: Mapping[str, str]  # product → its sharding where it is made
+    gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
+    together: Collection[str] = ()  # products whose gradients are made one after the other
+    products: bool = False  # whether any product says how its gradients are made
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -67,8 +71,10 @@ class LossWriter:
         read = reads(op)
         names = [self._read(op, j) if j in read else "" for j in range(len(op.ins))]
         lines = []
-        for a in statements(OpText(op, names, targets, ins, outs)):
+        given = [self.gradients.get((op.name, name)) for name in op.ins]
+        for a in statements(OpText(op, names, targets, ins, outs, given, op.name in self.together)):
             code = a.code
+            self.products |= code.startswith("product(")
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshes import LogicalMesh
-from planner.export.jax_expr import JNP_DTYPES
+from planner.export.jax_expr import JNP_DTYPES, partition
 from planner.export.jax_loss import LossWriter, wrapped
 from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
@@ -53,7 +53,9 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     }
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
-    writer = LossWriter(graph, annotated, saved_values(model), uses, sums)
+    writer = LossWriter(
+        graph, annotated, saved_values(model), uses, sums, place.gradients, place.together
+    )
     body = writer.lines()
     parts = [
         _header(model, mesh),
@@ -62,9 +64,11 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _stacks_source(tables, model.members),
         _saved_source(writer.labels),
         _HELPERS.strip("\n").split("\n"),
+        _PRODUCT.strip("\n").split("\n") if writer.products else [],
         ["def loss_fn(params, batch, mesh=None):",
          f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
          "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
+         *(["    product = partial(placed_product, mesh=mesh)"] if writer.products else []),
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
         _step_source(training),
@@ -180,15 +184,6 @@ def _row(t: Tensor, spec: Spec) -> str:
     return f"({t.shape}, {JNP_DTYPES[t.dtype]}, {partition(spec)})"
 
 
-def partition(spec: Spec) -> str:
-    """P(…) with one entry per dimension."""
-    entries = [
-        "None" if not d else f'"{d[0]}"' if len(d) == 1 else str(tuple(d)).replace("'", '"')
-        for d in spec.dims
-    ]
-    return f"P({', '.join(entries)})"
-
-
 def _table(name: str, rows: Mapping[str, str]) -> list[str]:
     if not rows:
         return [f"{name} = {{}}"]
@@ -285,6 +280,45 @@ def _copy(x, sharding):
 
 
 _copy.defvjp(lambda x, sharding: (_copy(x, sharding), None), lambda sharding, _, g: (g,))
+'''
+
+_PRODUCT = '''
+def placed_product(spec, a, b, gradients=(None, None), together=False, mesh=None):
+    """jnp.einsum(spec, a, b), with gradients that are made as `gradients` says.
+
+    For either operand None, or: where the result's gradient and the other operand are read, and
+    where the product of the two lies, one place after the other. What is None is the compiler's.
+    With `together` nothing of the backward pass comes between the two gradients.
+    """
+    if mesh is None:
+        return jnp.einsum(spec, a, b)
+    return _placed_product(spec, gradients, together, mesh, a, b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _placed_product(spec, gradients, together, mesh, a, b):
+    return jnp.einsum(spec, a, b)
+
+
+def _product_gradients(spec, gradients, together, mesh, operands, g):
+    found = []
+    for k, where in enumerate(gradients):
+        cotangent, other, *places = where or (None, None)
+        cotangent = g if cotangent is None else annotate(g, cotangent, mesh)
+        other = operands[1 - k] if other is None else annotate(operands[1 - k], other, mesh)
+        order = (lambda x: (x, other)) if k == 0 else (lambda x: (other, x))
+        product = lambda x: jnp.einsum(spec, *order(x))
+        (made,) = jax.linear_transpose(product, operands[k])(cotangent)
+        for place in places:
+            made = annotate(made, place, mesh)
+        found.append(made)
+    return lax.optimization_barrier(tuple(found)) if together else tuple(found)
+
+
+_placed_product.defvjp(
+    lambda spec, gradients, together, mesh, a, b: (jnp.einsum(spec, a, b), (a, b)),
+    _product_gradients,
+)
 '''
 
 _ONE_STEP = '''

@@ -1,17 +1,21 @@
 """Where a plan puts what a generated program can name: tensors, copies that ops read, sums.
 
-Read off a Result; how it is written is in `jax_program.py`. Gradients are not named: JAX shards
-an activation's gradient like the activation, and asking for something else, or leaving it open,
-makes the compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder).
+Read off a Result; how it is written is in `jax_program.py`. Where gradients lie is not named: JAX
+shards an activation's gradient like the activation, and asking for something else, or leaving it
+open, makes the compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder).
+How a product's gradient is made is named where the plan splits that product otherwise than the
+product itself: a compiler would not (seen on GPT-3: eight times the bytes of reduce-scatters).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Op
+from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.spec import Spec
 
@@ -27,14 +31,28 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """How the gradient of one operand of a product is made: where the result's gradient and the
+    other operand are read, and where the sums lie; None is left to the compiler."""
+
+    cotangent: Spec | None = None
+    other: Spec | None = None
+    made: Spec | None = None
+    home: Spec | None = None  # where they are reduced to at once
+
+
+@dataclass(frozen=True)
 class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
     instead, if its operand is resharded for it. `sums`: products that leave unreduced sums, and
-    how these lie where they are made."""
+    how these lie where they are made. `gradients`: of a product's operands. `together`: products
+    whose two gradients are made one right after the other."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
     sums: Mapping[str, Spec] = field(default_factory=dict)
+    gradients: Mapping[Use, Gradient] = field(default_factory=dict)
+    together: Collection[str] = ()
 
 
 def placement(result: Result) -> Placement:
@@ -56,7 +74,11 @@ def placement(result: Result) -> Placement:
         made = choice.result(op.rule, 0, order)
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
-    return Placement(result.specs, uses, sums)
+    gradients = _gradients(result)
+    together = _outside_loops(result) if result.mesh.chip.family == "gpu" else {}
+    for use, home in together.items():
+        gradients[use] = replace(gradients.get(use, Gradient()), home=home)
+    return Placement(result.specs, uses, sums, gradients, {op for op, _ in together})
 
 
 def only(result: Result, names: Collection[str]) -> Placement:
@@ -69,6 +91,63 @@ def only(result: Result, names: Collection[str]) -> Placement:
     }  # fmt: skip
     left_out = activations.difference(names)
     return Placement({name: s for name, s in result.specs.items() if name not in left_out})
+
+
+def _gradients(result: Result) -> dict[Use, Gradient]:
+    """Of the products whose gradients the plan splits otherwise than the products."""
+    plan, order = result.plan, [name for name, _ in result.mesh.axes]
+    products = [
+        op for op, _ in result.graph.walk()
+        if len(op.ins) == 2 and op.name in plan.choices and contraction_sizes(op) is not None
+    ]  # fmt: skip
+    back = [op for op in products if op.phase == "backward"]
+    found = {}
+    for op in products:
+        if op.phase != "forward":
+            continue
+        for name, other in (op.ins, op.ins[::-1]):
+            made = [b for b in back if _makes_gradient(b, name, other)]
+            if len(made) != 1 or _split(made[0], plan) == _split(op, plan):
+                continue
+            rule, choice = made[0].rule, plan.choices[made[0].name]
+            at = [x.removesuffix("~") for x in made[0].ins].index(other)
+            found[op.name, name] = Gradient(
+                choice.operand(rule, 1 - at), choice.operand(rule, at),
+                choice.result(rule, 0, order).without_partial(),
+            )  # fmt: skip
+    return found
+
+
+def _makes_gradient(op: Op, name: str, other: str) -> bool:
+    """Whether a product of the backward pass makes the gradient of `name` out of `other`."""
+    named = re.fullmatch(rf"{re.escape(name)}\.grad(_\d+)?", op.outs[0])
+    return named is not None and other in (x.removesuffix("~") for x in op.ins)
+
+
+def _split(op: Op, plan: Plan) -> dict[str, Sequence[str]]:
+    """Dimension → axes that split it."""
+    both = zip(op.rule.factors, plan.choices[op.name].split, strict=True)
+    return {factor.name: axes for factor, axes in both if axes}
+
+
+def _outside_loops(result: Result) -> dict[Use, Spec]:
+    """Products outside of loops by a parameter, or one that is cast, and where it lies.
+
+    XLA's GPU compiler puts off such gradients until the loops of the backward pass are done, and
+    keeps what they are made of, the gradient of all logits, as long.
+    """
+    nodes = [n for n in result.model.graph.nodes if isinstance(n, Op)]
+    tensors = result.model.graph.tensors
+    cast = {n.outs[0]: n.ins[0] for n in nodes if len(n.ins) == 1}
+    found = {}
+    for op in nodes:
+        for name in op.ins if contraction_sizes(op) is not None else ():
+            source = cast.get(name, name)
+            home = result.specs.get(source)
+            same = tensors[source].dims == tensors[name].dims
+            if tensors[source].role == "parameter" and home is not None and same:
+                found[op.name, name] = home
+    return found
 
 
 def _operands(op: Op, result: Result) -> dict[str, Spec]:
