@@ -35,7 +35,8 @@ class Assignment:
 class OpText:
     """An op with the tensors around it and the variables that hold its operands and results.
 
-    `gradients`: of a product's operands, how they are made; `together`: one after the other."""
+    `gradients`: of a product's operands, how they are made; `together`: one after the other.
+    `own_softmax`: by the program's own function, which saves its result as `label`."""
 
     op: Op
     names: Sequence[str]
@@ -44,6 +45,8 @@ class OpText:
     outs: Sequence[Tensor]
     gradients: Sequence[Gradient | None] = ()
     together: bool = False
+    own_softmax: bool = False
+    label: str | None = None
 
 
 def statements(text: OpText) -> list[Assignment]:
@@ -299,8 +302,11 @@ def _softmax(t: OpText) -> str:
     writer = _writer(t, order, "f32")
     names = [t.op.rule.factors[i].name for i in order]
     axis = names.index(t.op.attrs["over"])
-    code = f"jax.nn.softmax({writer.text(logit)}, axis={axis})"
     wanted = t.outs[0].dtype
+    if t.own_softmax:
+        label = "" if t.label is None else f', "{t.label}"'
+        return f"softmax({writer.text(logit)}, {axis}, {JNP_DTYPES[wanted]}{label})"
+    code = f"jax.nn.softmax({writer.text(logit)}, axis={axis})"
     return code if wanted == "f32" else f"{code}.astype({JNP_DTYPES[wanted]})"
 
 

@@ -54,9 +54,10 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
-        graph, annotated, saved_values(model), uses, sums, place.gradients, place.together
-    )
-    body = writer.lines()
+        graph, annotated, saved_values(model), uses, sums, place.gradients, place.together,
+        place.values, place.softmax,
+    )  # fmt: skip
+    body, used = writer.lines(), writer.helpers
     parts = [
         _header(model, mesh),
         _mesh_source(mesh),
@@ -64,11 +65,11 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _stacks_source(tables, model.members),
         _saved_source(writer.labels),
         _HELPERS.strip("\n").split("\n"),
-        _PRODUCT.strip("\n").split("\n") if writer.products else [],
+        *(text.strip("\n").split("\n") for name, text in _FUNCTIONS if name in used),
         ["def loss_fn(params, batch, mesh=None):",
          f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
          "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
-         *(["    product = partial(placed_product, mesh=mesh)"] if writer.products else []),
+         *(("    product = partial(placed_product, mesh=mesh)",) if "product" in used else ()),
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
         _step_source(training),
@@ -282,6 +283,32 @@ def _copy(x, sharding):
 _copy.defvjp(lambda x, sharding: (_copy(x, sharding), None), lambda sharding, _, g: (g,))
 '''
 
+_SOFTMAX = '''
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def softmax(x, axis, dtype, label=None):
+    """jax.nn.softmax(x, axis) as `dtype`, which layers save as `label`.
+
+    The gradient is made of the result alone. The barrier keeps XLA's GPU compiler from making the
+    result again, of logits that it would have to keep, and from widening what it reads.
+    """
+    found = jax.nn.softmax(x, axis).astype(dtype)
+    return found if label is None else saved(found, label)
+
+
+def _softmax_forward(x, axis, dtype, label):
+    found = softmax(x, axis, dtype, label)
+    return found, found
+
+
+def _softmax_gradient(axis, dtype, label, found, g):
+    found, g = lax.optimization_barrier((found, g))
+    found, g = found.astype(jnp.float32), g.astype(jnp.float32)
+    return (found * (g - jnp.sum(found * g, axis, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_gradient)
+'''
+
 _PRODUCT = '''
 def placed_product(spec, a, b, gradients=(None, None), together=False, mesh=None):
     """jnp.einsum(spec, a, b), with gradients that are made as `gradients` says.
@@ -320,6 +347,8 @@ _placed_product.defvjp(
     _product_gradients,
 )
 '''
+
+_FUNCTIONS = (("softmax", _SOFTMAX), ("product", _PRODUCT))  # written if they are called
 
 _ONE_STEP = '''
 def train_step(params, states, batch, mesh=None):

@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.graph.builder import contraction_sizes
-from planner.graph.core import Op
+from planner.graph.core import Loop, Op
 from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.spec import Spec
@@ -46,13 +46,17 @@ class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
     instead, if its operand is resharded for it. `sums`: products that leave unreduced sums, and
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
-    whose two gradients are made one right after the other."""
+    whose two gradients are made one right after the other. `values`: tensors of which only the
+    value lies as `tensors` says, not the gradient. `softmax`: whether the gradient of softmax is
+    made of its result, as planned, by a function of the program's own."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
     sums: Mapping[str, Spec] = field(default_factory=dict)
     gradients: Mapping[Use, Gradient] = field(default_factory=dict)
     together: Collection[str] = ()
+    values: Collection[str] = ()
+    softmax: bool = False
 
 
 def placement(result: Result) -> Placement:
@@ -75,10 +79,14 @@ def placement(result: Result) -> Placement:
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
     gradients = _gradients(result)
-    together = _outside_loops(result) if result.mesh.chip.family == "gpu" else {}
+    gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
+    together = _outside_loops(result) if gpu else {}
     for use, home in together.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
-    return Placement(result.specs, uses, sums, gradients, {op for op, _ in together})
+    return Placement(
+        result.specs, uses, sums, gradients, {op for op, _ in together}, _free_casts(result),
+        softmax=gpu,
+    )  # fmt: skip
 
 
 def only(result: Result, names: Collection[str]) -> Placement:
@@ -147,6 +155,26 @@ def _outside_loops(result: Result) -> dict[Use, Spec]:
             same = tensors[source].dims == tensors[name].dims
             if tensors[source].role == "parameter" and home is not None and same:
                 found[op.name, name] = home
+    return found
+
+
+def _free_casts(result: Result) -> set[str]:
+    """Casts of parameters whose gradients lie otherwise: the plan reduces these to where the
+    parameter's gradient lies, in one go, and not by way of the cast."""
+    tensors, specs = result.model.graph.all_tensors(), result.specs
+    slices = {
+        s.inner for n in result.model.graph.nodes if isinstance(n, Loop) for s in n.reads
+        if tensors[s.outer].role == "parameter"
+    }  # fmt: skip
+    found = set()
+    for op, _ in result.model.graph.walk():
+        if len(op.ins) != 1 or op.ins[0] not in slices:
+            continue
+        made, reduced = (specs.get(f"{name}.grad") for name in (op.outs[0], op.ins[0]))
+        if made is None or reduced is None:
+            continue
+        if specs.get(op.outs[0]) not in (reduced, made.without_partial()):
+            found.add(op.outs[0])
     return found
 
 
