@@ -13,6 +13,8 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from costmodels.program import ITEM_BYTES
+from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Op
 from planner.plan import Plan
@@ -64,6 +66,7 @@ def placement(result: Result) -> Placement:
     uses: dict[Use, Copy] = {}
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
+    gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
         if op.phase != "forward" or choice is None:
@@ -76,10 +79,12 @@ def placement(result: Result) -> Placement:
             if home is not None and not spec.partial and spec != home:
                 uses[op.name, name] = Copy(spec, _bound(home, spec))
         made = choice.result(op.rule, 0, order)
+        gathered = made.axes and not made.partial and made != result.specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
+        elif gpu and gathered and _is_cast(op, result):
+            sums[op.outs[0]] = made
     gradients = _gradients(result)
-    gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
     together = _outside_loops(result) if gpu else {}
     for use, home in together.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
@@ -156,6 +161,15 @@ def _outside_loops(result: Result) -> dict[Use, Spec]:
             if tensors[source].role == "parameter" and home is not None and same:
                 found[op.name, name] = home
     return found
+
+
+def _is_cast(op: Op, result: Result) -> bool:
+    """Whether an op only narrows a tensor. Told so, a compiler narrows it before it is gathered."""
+    if len(op.ins) != 1 or op.attrs.get("exprs") != (ex.x(0),):
+        return False
+    tensors = result.graph.all_tensors()
+    before, after = (tensors[n].dtype for n in (op.ins[0], op.outs[0]))
+    return ITEM_BYTES[after] < ITEM_BYTES[before]
 
 
 def _free_casts(result: Result) -> set[str]:
