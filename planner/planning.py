@@ -20,6 +20,7 @@ from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
+from planner.graph.early import sums_at_once
 from planner.graph.flops import count_flops
 from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
@@ -236,7 +237,8 @@ class Planning:
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
 
     def step(self) -> Graph:
-        return step_of(self.model, keep=tuple(self.annotation))
+        graph = step_of(self.model, keep=tuple(self.annotation))
+        return sums_at_once(graph) if self.mesh.chip.family == "gpu" else graph
 
     def laid_out(self) -> Flow:
         return build_flow(self.graph, self.pins(), uneven=self.model.uneven)
