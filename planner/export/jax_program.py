@@ -291,12 +291,12 @@ def softmax(x, axis, dtype, label=None):
     The gradient is made of the result alone. The barrier keeps XLA's GPU compiler from making the
     result again, of logits that it would have to keep, and from widening what it reads.
     """
-    found = jax.nn.softmax(x, axis).astype(dtype)
-    return found if label is None else saved(found, label)
+    return _softmax_forward(x, axis, dtype, label)[0]
 
 
 def _softmax_forward(x, axis, dtype, label):
-    found = softmax(x, axis, dtype, label)
+    found = jax.nn.softmax(x, axis).astype(dtype)
+    found = found if label is None else saved(found, label)
     return found, found
 
 

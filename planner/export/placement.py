@@ -107,7 +107,9 @@ def only(result: Result, names: Collection[str]) -> Placement:
 
 
 def _gradients(result: Result) -> dict[Use, Gradient]:
-    """Of the products whose gradients the plan splits otherwise than the products."""
+    """Of products whose gradients the plan splits otherwise than the products, and leaves as sums
+    that are still to be reduced: of weights. Told so for activations, as where GLaM combines what
+    its experts made, XLA's TPU compiler gathers more than when it is left alone."""
     plan, order = result.plan, [name for name, _ in result.mesh.axes]
     products = [
         op for op, _ in result.graph.walk()
@@ -119,15 +121,16 @@ def _gradients(result: Result) -> dict[Use, Gradient]:
         if op.phase != "forward":
             continue
         for name, other in (op.ins, op.ins[::-1]):
-            made = [b for b in back if _makes_gradient(b, name, other)]
-            if len(made) != 1 or _split(made[0], plan) == _split(op, plan):
+            makers = [b for b in back if _makes_gradient(b, name, other)]
+            if len(makers) != 1 or _split(makers[0], plan) == _split(op, plan):
                 continue
-            rule, choice = made[0].rule, plan.choices[made[0].name]
-            at = [x.removesuffix("~") for x in made[0].ins].index(other)
-            found[op.name, name] = Gradient(
-                choice.operand(rule, 1 - at), choice.operand(rule, at),
-                choice.result(rule, 0, order).without_partial(),
-            )  # fmt: skip
+            rule, choice = makers[0].rule, plan.choices[makers[0].name]
+            made = choice.result(rule, 0, order)
+            if made.partial:
+                at = [x.removesuffix("~") for x in makers[0].ins].index(other)
+                found[op.name, name] = Gradient(
+                    choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
+                )
     return found
 
 
