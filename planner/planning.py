@@ -12,6 +12,7 @@ from functools import cached_property
 from math import inf, sqrt
 from typing import TYPE_CHECKING
 
+from costmodels.early import sums_at_once
 from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
@@ -20,7 +21,6 @@ from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
-from planner.graph.early import sums_at_once
 from planner.graph.flops import count_flops
 from planner.ilp import Outcome, quick_bound, solve
 from planner.ilp.clock import Clock
@@ -237,8 +237,7 @@ class Planning:
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
 
     def step(self) -> Graph:
-        graph = step_of(self.model, keep=tuple(self.annotation))
-        return sums_at_once(graph) if self.mesh.chip.family == "gpu" else graph
+        return step_of(self.model, keep=tuple(self.annotation))
 
     def laid_out(self) -> Flow:
         return build_flow(self.graph, self.pins(), uneven=self.model.uneven)
@@ -468,6 +467,8 @@ class Planning:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
             program = copy_gathered(narrow_stacks(program))
+        elif self.mesh.chip.family == "gpu":
+            program = sums_at_once(program)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
     def result(self, c: Candidate) -> Result:
