@@ -12,6 +12,7 @@ from functools import cached_property
 from math import inf, sqrt
 from typing import TYPE_CHECKING
 
+from costmodels.early import sums_at_once
 from costmodels.exposure import exposed_shares
 from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
@@ -527,6 +528,8 @@ class Planning:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
             program = copy_gathered(narrow_stacks(program))
+        elif self.mesh.chip.family == "gpu":
+            program = sums_at_once(program)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
     def result(self, c: Candidate) -> Result:

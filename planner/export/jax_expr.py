@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.graph import expr as ex
+from planner.sharding.spec import Spec
 
 JNP_DTYPES = {
     "f64": "jnp.float64", "f32": "jnp.float32", "bf16": "jnp.bfloat16", "f16": "jnp.float16",
@@ -103,6 +104,15 @@ def promoted(dtypes: Sequence[str]) -> str:
 def number(value: float) -> str:
     """Whole numbers without a point, as long as JAX takes them for 32-bit integers."""
     return str(int(value)) if abs(value) < 2**31 and value == int(value) else repr(value)
+
+
+def partition(spec: Spec) -> str:
+    """P(…) with one entry per dimension."""
+    entries = [
+        "None" if not d else f'"{d[0]}"' if len(d) == 1 else str(tuple(d)).replace("'", '"')
+        for d in spec.dims
+    ]
+    return f"P({', '.join(entries)})"
 
 
 def _wrapped(text: str, needed: bool) -> str:

@@ -13,12 +13,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from planner.export.jax_ops import OpText, reads, statements
+from planner.export.placement import Gradient
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
-    "saved",
+    "saved", "product", "softmax",
     *keyword.kwlist, *dir(builtins),
 }  # fmt: skip
 
@@ -33,11 +34,16 @@ class LossWriter:
     kept: Collection[str]
     uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
     sums: Mapping[str, str]  # product → its sharding where it is made
+    gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
+    together: Collection[str] = ()  # products whose gradients are made one after the other
+    values: Collection[str] = ()  # tensors whose gradients do not lie as they do
+    own_softmax: bool = False
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameter_of: dict[str, str] = field(default_factory=dict)  # slice in a body → its parameter
     labels: list[str] = field(default_factory=list)  # of what bodies save
+    helpers: set[str] = field(default_factory=set)  # functions of the program that are called
 
     def lines(self) -> list[str]:
         """The body of the function, unindented."""
@@ -67,14 +73,21 @@ class LossWriter:
         read = reads(op)
         names = [self._read(op, j) if j in read else "" for j in range(len(op.ins))]
         lines = []
-        for a in statements(OpText(op, names, targets, ins, outs)):
+        given = [self.gradients.get((op.name, name)) for name in op.ins]
+        own = self.own_softmax and op.attrs.get("vjp") == "softmax"
+        kept = prefix and op.outs[0] in self.kept
+        label = self.variables[op.outs[0]] if own and kept else None
+        together = op.name in self.together
+        text = OpText(op, names, targets, ins, outs, given, together, own, label)
+        for a in statements(text):
             code = a.code
+            self.helpers |= {h for h in ("product", "softmax") if code.startswith(f"{h}(")}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)
             if prefix and not set(named).isdisjoint(self.kept):
                 self.labels.append(self.variables[named[0]])
-                code = f'saved({code}, "{self.labels[-1]}")'
+                code = code if label else f'saved({code}, "{self.labels[-1]}")'
                 if named[0] in self.annotated and named[0] in {name for _, name in self.uses}:
                     # Said of the saved value, too: else it may be saved as its readers want it.
                     code = f'shard({code}, "{named[0]}")'
@@ -85,7 +98,9 @@ class LossWriter:
         """A result where it is made, then where it lies."""
         if name in self.sums:
             code = f"shard({code}, {self.sums[name]})"
-        return f'shard({code}, "{name}")' if name in self.annotated else code
+        if name not in self.annotated:
+            return code
+        return f'{"copy" if name in self.values else "shard"}({code}, "{name}")'
 
     def _read(self, op: Op, j: int) -> str:
         code = self._operand(op.ins[j])

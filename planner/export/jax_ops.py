@@ -11,9 +11,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 
-from planner.export.jax_expr import JNP_DTYPES, WEAK, Writer, number
+from planner.export.jax_expr import JNP_DTYPES, WEAK, Writer, number, partition
+from planner.export.placement import Gradient
 from planner.graph import expr as ex
-from planner.graph.core import Op, Tensor
+from planner.graph.core import Dims, Op, Tensor
+from planner.graph.layers import MASKED
+from planner.sharding.spec import Spec
 
 
 class ExportError(ValueError):
@@ -30,13 +33,20 @@ class Assignment:
 
 @dataclass(frozen=True)
 class OpText:
-    """An op with the tensors around it and the variables that hold its operands and results."""
+    """An op with the tensors around it and the variables that hold its operands and results.
+
+    `gradients`: of a product's operands, how they are made; `together`: one after the other.
+    `own_softmax`: by the program's own function, which saves its result as `label`."""
 
     op: Op
     names: Sequence[str]
     targets: Sequence[str]
     ins: Sequence[Tensor]
     outs: Sequence[Tensor]
+    gradients: Sequence[Gradient | None] = ()
+    together: bool = False
+    own_softmax: bool = False
+    label: str | None = None
 
 
 def statements(text: OpText) -> list[Assignment]:
@@ -84,15 +94,81 @@ def _einsum(t: OpText, e: ex.Expr, k: int) -> str | None:
     if any(d not in covered for d in rule.outs[k]):
         return None
     letters = _letters([f.name for f in rule.factors])
-    sides = ["".join(letters[d[0]] for d in rule.ins[j]) for j in used]
+    orders = _operand_orders(t, used, k)
+    sides = ["".join(letters[d] for d in order) for order in orders]
     spec = f"{','.join(sides)}->{''.join(letters[d[0]] for d in rule.outs[k])}"
     dtypes = {t.ins[j].dtype for j in used}
     wide = t.outs[k].dtype
     prefer = "" if dtypes == {wide} else f", preferred_element_type={JNP_DTYPES[wide]}"
-    arrays = ", ".join(t.names[j] for j in used)
+    arrays = ", ".join(
+        _transposed(t.names[j], [d[0] for d in rule.ins[j]], order)
+        for j, order in zip(used, orders, strict=True)
+    )
     code = f'jnp.einsum("{spec}", {arrays}{prefer})'
+    if len(used) == 2 and not prefer and (any(t.gradients) or t.together):
+        code = f'product("{spec}", {arrays}, {_back(t, used, orders)})'
     scale = constant_of(e)
     return code if scale == 1 else f"{code} * {number(scale)}"
+
+
+def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> str:
+    """How the gradients of a product of two operands are made, as arguments of `product`."""
+    rows = []
+    for k, j in enumerate(used):
+        given = t.gradients[j]
+        other = used[1 - k]
+        if given is None:
+            rows.append("None")
+            continue
+        mine = _reordered(t.op.rule.ins[j], orders[k])
+        others = _reordered(t.op.rule.ins[other], orders[1 - k])
+        places = [
+            _place(given.cotangent, range(len(t.outs[0].shape))), _place(given.other, others),
+            *(_place(spec, mine) for spec in (given.made, given.home) if spec is not None),
+        ]  # fmt: skip
+        rows.append(f"({', '.join(places)})")
+    gradients = f"({', '.join(rows)})"
+    return f"{gradients}, together=True" if t.together else gradients
+
+
+def _place(spec: Spec | None, order: Sequence[int]) -> str:
+    return "None" if spec is None else partition(Spec(tuple(spec.dims[i] for i in order)))
+
+
+def _reordered(dims: Dims, order: Sequence[int]) -> list[int]:
+    """Positions of an operand's dimensions in the order in which a product reads them."""
+    plain = [d[0] for d in dims]
+    return [plain.index(f) for f in order]
+
+
+def _operand_orders(t: OpText, used: Sequence[int], k: int) -> list[list[int]]:
+    """Factors of the operands in the order in which the product reads them: as they lie, or so
+    that the result comes out as it is wanted, if it is larger than both operands.
+
+    A product's result has the shared factors first, then those of one operand, then of the other,
+    each as in its operand. Grouped scores, made with the groups behind the positions, would be
+    transposed whole, and compilers then keep them in f32 and in two layouts.
+    """
+    rule = t.op.rule
+    orders = [[d[0] for d in rule.ins[j]] for j in used]
+    out = [d[0] for d in rule.outs[k]]
+    if len(used) != 2 or prod(t.outs[k].shape) <= max(prod(t.ins[j].shape) for j in used):
+        return orders
+    shared = [f for f in out if all(f in order for order in orders)]
+    own = [[f for f in out if f in order and f not in shared] for order in orders]
+    if out not in (shared + own[0] + own[1], shared + own[1] + own[0]):
+        return orders
+    return [
+        order if [f for f in order if f in free] == free
+        else [*shared, *free, *(f for f in order if f not in out)]
+        for order, free in zip(orders, own, strict=True)
+    ]  # fmt: skip
+
+
+def _transposed(code: str, dims: Sequence[int], order: Sequence[int]) -> str:
+    if list(dims) == list(order):
+        return code
+    return f"jnp.transpose({code}, {tuple(dims.index(d) for d in order)})"
 
 
 def constant_of(e: ex.Expr) -> float:
@@ -221,14 +297,28 @@ def _as(code: str, t: OpText, operand: int) -> str:
 
 def _softmax(t: OpText) -> str:
     """exp(logit − max) / sum as one call; the ops of max and sum become dead code."""
-    logit = t.op.attrs["exprs"][0][1][1][1]
+    logit = _added_mask(t.op.attrs["exprs"][0][1][1][1])
     order = _order(t, 0)
     writer = _writer(t, order, "f32")
     names = [t.op.rule.factors[i].name for i in order]
     axis = names.index(t.op.attrs["over"])
-    code = f"jax.nn.softmax({writer.text(logit)}, axis={axis})"
     wanted = t.outs[0].dtype
+    if t.own_softmax:
+        label = "" if t.label is None else f', "{t.label}"'
+        return f"softmax({writer.text(logit)}, {axis}, {JNP_DTYPES[wanted]}{label})"
+    code = f"jax.nn.softmax({writer.text(logit)}, axis={axis})"
     return code if wanted == "f32" else f"{code}.astype({JNP_DTYPES[wanted]})"
+
+
+def _added_mask(logit: ex.Expr) -> ex.Expr:
+    """where(seen, value, −10³⁰) as value + where(seen, 0, −10³⁰), if positions alone are masked.
+
+    jnp.where widens mask and constant to the shape of the value, and JAX carries both through a
+    loop over layers because they do not change in it. Sums are widened by the compiler.
+    """
+    if logit[0] != "where" or logit[3] != ex.c(MASKED) or ex.arguments(logit[1]):
+        return logit
+    return ex.add(logit[2], ("where", logit[1], ex.c(0), logit[3]))
 
 
 def reads(op: Op) -> tuple[int, ...]:

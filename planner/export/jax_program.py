@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from meshes import LogicalMesh
-from planner.export.jax_expr import JNP_DTYPES
+from planner.export.jax_expr import JNP_DTYPES, partition
 from planner.export.jax_loss import LossWriter, wrapped
 from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
@@ -53,8 +53,11 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     }
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
-    writer = LossWriter(graph, annotated, saved_values(model), uses, sums)
-    body = writer.lines()
+    writer = LossWriter(
+        graph, annotated, saved_values(model), uses, sums, place.gradients, place.together,
+        place.values, place.softmax,
+    )  # fmt: skip
+    body, used = writer.lines(), writer.helpers
     parts = [
         _header(model, mesh),
         _mesh_source(mesh),
@@ -62,9 +65,11 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _stacks_source(tables, model.members),
         _saved_source(writer.labels),
         _HELPERS.strip("\n").split("\n"),
+        *(text.strip("\n").split("\n") for name, text in _FUNCTIONS if name in used),
         ["def loss_fn(params, batch, mesh=None):",
          f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
          "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
+         *(("    product = partial(placed_product, mesh=mesh)",) if "product" in used else ()),
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
         _step_source(training),
@@ -180,15 +185,6 @@ def _row(t: Tensor, spec: Spec) -> str:
     return f"({t.shape}, {JNP_DTYPES[t.dtype]}, {partition(spec)})"
 
 
-def partition(spec: Spec) -> str:
-    """P(…) with one entry per dimension."""
-    entries = [
-        "None" if not d else f'"{d[0]}"' if len(d) == 1 else str(tuple(d)).replace("'", '"')
-        for d in spec.dims
-    ]
-    return f"P({', '.join(entries)})"
-
-
 def _table(name: str, rows: Mapping[str, str]) -> list[str]:
     if not rows:
         return [f"{name} = {{}}"]
@@ -286,6 +282,73 @@ def _copy(x, sharding):
 
 _copy.defvjp(lambda x, sharding: (_copy(x, sharding), None), lambda sharding, _, g: (g,))
 '''
+
+_SOFTMAX = '''
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def softmax(x, axis, dtype, label=None):
+    """jax.nn.softmax(x, axis) as `dtype`, which layers save as `label`.
+
+    The gradient is made of the result alone. The barrier keeps XLA's GPU compiler from making the
+    result again, of logits that it would have to keep, and from widening what it reads.
+    """
+    return _softmax_forward(x, axis, dtype, label)[0]
+
+
+def _softmax_forward(x, axis, dtype, label):
+    found = jax.nn.softmax(x, axis).astype(dtype)
+    found = found if label is None else saved(found, label)
+    return found, found
+
+
+def _softmax_gradient(axis, dtype, label, found, g):
+    found, g = lax.optimization_barrier((found, g))
+    found, g = found.astype(jnp.float32), g.astype(jnp.float32)
+    return (found * (g - jnp.sum(found * g, axis, keepdims=True)),)
+
+
+softmax.defvjp(_softmax_forward, _softmax_gradient)
+'''
+
+_PRODUCT = '''
+def placed_product(spec, a, b, gradients=(None, None), together=False, mesh=None):
+    """jnp.einsum(spec, a, b), with gradients that are made as `gradients` says.
+
+    For either operand None, or: where the result's gradient and the other operand are read, and
+    where the product of the two lies, one place after the other. What is None is the compiler's.
+    With `together` nothing of the backward pass comes between the two gradients.
+    """
+    if mesh is None:
+        return jnp.einsum(spec, a, b)
+    return _placed_product(spec, gradients, together, mesh, a, b)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _placed_product(spec, gradients, together, mesh, a, b):
+    return jnp.einsum(spec, a, b)
+
+
+def _product_gradients(spec, gradients, together, mesh, operands, g):
+    found = []
+    for k, where in enumerate(gradients):
+        cotangent, other, *places = where or (None, None)
+        cotangent = g if cotangent is None else annotate(g, cotangent, mesh)
+        other = operands[1 - k] if other is None else annotate(operands[1 - k], other, mesh)
+        order = (lambda x: (x, other)) if k == 0 else (lambda x: (other, x))
+        product = lambda x: jnp.einsum(spec, *order(x))
+        (made,) = jax.linear_transpose(product, operands[k])(cotangent)
+        for place in places:
+            made = annotate(made, place, mesh)
+        found.append(made)
+    return lax.optimization_barrier(tuple(found)) if together else tuple(found)
+
+
+_placed_product.defvjp(
+    lambda spec, gradients, together, mesh, a, b: (jnp.einsum(spec, a, b), (a, b)),
+    _product_gradients,
+)
+'''
+
+_FUNCTIONS = (("softmax", _SOFTMAX), ("product", _PRODUCT))  # written if they are called
 
 _ONE_STEP = '''
 def train_step(params, states, batch, mesh=None):

@@ -1,18 +1,24 @@
 """Where a plan puts what a generated program can name: tensors, copies that ops read, sums.
 
-Read off a Result; how it is written is in `jax_program.py`. Gradients are not named: JAX shards
-an activation's gradient like the activation, and asking for something else, or leaving it open,
-makes the compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder).
+Read off a Result; how it is written is in `jax_program.py`. Where gradients lie is not named: JAX
+shards an activation's gradient like the activation, and asking for something else, or leaving it
+open, makes the compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder).
+How a product's gradient is made is named where the plan splits that product otherwise than the
+product itself: a compiler would not (seen on GPT-3: eight times the bytes of reduce-scatters).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from costmodels.program import ITEM_BYTES
+from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
-from planner.graph.core import Op
+from planner.graph.core import Loop, Op
 from planner.graph.derive import SAVED
+from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.spec import Spec
 
@@ -28,14 +34,32 @@ class Copy:
 
 
 @dataclass(frozen=True)
+class Gradient:
+    """How the gradient of one operand of a product is made: where the result's gradient and the
+    other operand are read, and where the sums lie; None is left to the compiler."""
+
+    cotangent: Spec | None = None
+    other: Spec | None = None
+    made: Spec | None = None
+    home: Spec | None = None  # where they are reduced to at once
+
+
+@dataclass(frozen=True)
 class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
     instead, if its operand is resharded for it. `sums`: products that leave unreduced sums, and
-    how these lie where they are made."""
+    how these lie where they are made. `gradients`: of a product's operands. `together`: products
+    whose two gradients are made one right after the other. `values`: tensors of which only the
+    value lies as `tensors` says, not the gradient. `softmax`: whether the gradient of softmax is
+    made of its result, as planned, by a function of the program's own."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
     sums: Mapping[str, Spec] = field(default_factory=dict)
+    gradients: Mapping[Use, Gradient] = field(default_factory=dict)
+    together: Collection[str] = ()
+    values: Collection[str] = ()
+    softmax: bool = False
 
 
 def placement(result: Result) -> Placement:
@@ -44,6 +68,7 @@ def placement(result: Result) -> Placement:
     uses: dict[Use, Copy] = {}
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
+    gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
         if op.phase != "forward" or choice is None:
@@ -56,9 +81,19 @@ def placement(result: Result) -> Placement:
             if home is not None and not spec.partial and spec != home:
                 uses[op.name, name] = Copy(spec, _bound(home, spec))
         made = choice.result(op.rule, 0, order)
+        gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
-    return Placement(specs, uses, sums)
+        elif gpu and gathered and _is_cast(op, result):
+            sums[op.outs[0]] = made
+    gradients = _gradients(result)
+    together = _outside_loops(result) if gpu else {}
+    for use, home in together.items():
+        gradients[use] = replace(gradients.get(use, Gradient()), home=home)
+    return Placement(
+        specs, uses, sums, gradients, {op for op, _ in together}, _free_casts(result),
+        softmax=gpu,
+    )  # fmt: skip
 
 
 def _as_saved(result: Result) -> dict[str, Spec]:
@@ -81,6 +116,95 @@ def only(result: Result, names: Collection[str]) -> Placement:
     }  # fmt: skip
     left_out = activations.difference(names)
     return Placement({name: s for name, s in result.specs.items() if name not in left_out})
+
+
+def _gradients(result: Result) -> dict[Use, Gradient]:
+    """Of products whose gradients the plan splits otherwise than the products, and leaves as sums
+    that are still to be reduced: of weights. Told so for activations, as where GLaM combines what
+    its experts made, XLA's TPU compiler gathers more than when it is left alone."""
+    plan, order = result.plan, [name for name, _ in result.mesh.axes]
+    products = [
+        op for op, _ in result.graph.walk()
+        if len(op.ins) == 2 and op.name in plan.choices and contraction_sizes(op) is not None
+    ]  # fmt: skip
+    back = [op for op in products if op.phase == "backward"]
+    found = {}
+    for op in products:
+        if op.phase != "forward":
+            continue
+        for name, other in (op.ins, op.ins[::-1]):
+            makers = [b for b in back if _makes_gradient(b, name, other)]
+            if len(makers) != 1 or _split(makers[0], plan) == _split(op, plan):
+                continue
+            rule, choice = makers[0].rule, plan.choices[makers[0].name]
+            made = choice.result(rule, 0, order)
+            if made.partial:
+                at = [x.removesuffix("~") for x in makers[0].ins].index(other)
+                found[op.name, name] = Gradient(
+                    choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
+                )
+    return found
+
+
+def _makes_gradient(op: Op, name: str, other: str) -> bool:
+    """Whether a product of the backward pass makes the gradient of `name` out of `other`."""
+    named = re.fullmatch(rf"{re.escape(name)}\.grad(_\d+)?", op.outs[0])
+    return named is not None and other in (x.removesuffix("~") for x in op.ins)
+
+
+def _split(op: Op, plan: Plan) -> dict[str, Sequence[str]]:
+    """Dimension → axes that split it."""
+    both = zip(op.rule.factors, plan.choices[op.name].split, strict=True)
+    return {factor.name: axes for factor, axes in both if axes}
+
+
+def _outside_loops(result: Result) -> dict[Use, Spec]:
+    """Products outside of loops by a parameter, or one that is cast, and where it lies.
+
+    XLA's GPU compiler puts off such gradients until the loops of the backward pass are done, and
+    keeps what they are made of, the gradient of all logits, as long.
+    """
+    nodes = [n for n in result.model.graph.nodes if isinstance(n, Op)]
+    tensors = result.model.graph.tensors
+    cast = {n.outs[0]: n.ins[0] for n in nodes if len(n.ins) == 1}
+    found = {}
+    for op in nodes:
+        for name in op.ins if contraction_sizes(op) is not None else ():
+            source = cast.get(name, name)
+            home = result.specs.get(source)
+            same = tensors[source].dims == tensors[name].dims
+            if tensors[source].role == "parameter" and home is not None and same:
+                found[op.name, name] = home
+    return found
+
+
+def _is_cast(op: Op, result: Result) -> bool:
+    """Whether an op only narrows a tensor. Told so, a compiler narrows it before it is gathered."""
+    if len(op.ins) != 1 or op.attrs.get("exprs") != (ex.x(0),):
+        return False
+    tensors = result.graph.all_tensors()
+    before, after = (tensors[n].dtype for n in (op.ins[0], op.outs[0]))
+    return ITEM_BYTES[after] < ITEM_BYTES[before]
+
+
+def _free_casts(result: Result) -> set[str]:
+    """Casts of parameters whose gradients lie otherwise: the plan reduces these to where the
+    parameter's gradient lies, in one go, and not by way of the cast."""
+    tensors, specs = result.model.graph.all_tensors(), result.specs
+    slices = {
+        s.inner for n in result.model.graph.nodes if isinstance(n, Loop) for s in n.reads
+        if tensors[s.outer].role == "parameter"
+    }  # fmt: skip
+    found = set()
+    for op, _ in result.model.graph.walk():
+        if len(op.ins) != 1 or op.ins[0] not in slices:
+            continue
+        made, reduced = (specs.get(f"{name}.grad") for name in (op.outs[0], op.ins[0]))
+        if made is None or reduced is None:
+            continue
+        if specs.get(op.outs[0]) not in (reduced, made.without_partial()):
+            found.add(op.outs[0])
+    return found
 
 
 def _operands(op: Op, result: Result) -> dict[str, Spec]:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from math import prod
 
-from costmodels.program import MOVES, Collective, Compute, Program
+from costmodels.program import MOVES, Block, Collective, Compute, Kernel, LoopStep, Program
 from meshes import LogicalMesh
+from planner.graph.builder import contraction_sizes
+from planner.graph.core import Op
 from planner.result import Result
 from planner.verify.compile import Compiled
 from planner.verify.hlo_reading import Executed, Reading
@@ -137,13 +140,22 @@ def work_rows(
     result: Result, compiled: Compiled, reading: Reading, t: Thresholds
 ) -> tuple[Row, ...]:
     flops = sum(
-        i.kernel.flops * n for i, n in result.program.instructions() if isinstance(i, Compute)
-    )
+        written_flops(i.kernel) * n
+        for i, n in result.program.instructions() if isinstance(i, Compute)
+    )  # fmt: skip
     rows = [Row("FLOPs per device", "FLOP", flops, reading.flops, t.flops)]
     if compiled.backend == "tpu":
         seconds = reading.cycles / clock_hz(result.mesh)
         rows.append(Row("compute time", "s", result.timing.compute_s, seconds, t.compute))
     return tuple(rows)
+
+
+def written_flops(kernel: Kernel) -> float:
+    """Of a kernel as the exported program has it: what only stands for a gather (experts without
+    capacity limits) is a product with a mask there."""
+    op = kernel.payload
+    picked = contraction_sizes(op) if isinstance(op, Op) and op.attrs.get("picks") else None
+    return kernel.flops if picked is None else 2.0 * prod(picked)
 
 
 def clock_hz(mesh: LogicalMesh) -> float:
@@ -156,10 +168,34 @@ def clock_hz(mesh: LogicalMesh) -> float:
 
 def predicted_moves(program: Program) -> Iterable[Moved]:
     order = [name for name, _ in program.axes]
+    sliced = _only_sliced(program)
     for i, times in program.instructions():
         if isinstance(i, Collective) and i.kind in MOVES:
             axes = tuple(sorted(i.axes, key=order.index))
-            yield Moved(i.kind, axes, i.bytes * times)
+            scatters = i.kind == "all-reduce" and i.result in sliced
+            yield Moved(i.kind, axes, i.bytes * times, "reduce-scatter" if scatters else "")
+
+
+def _only_sliced(program: Program) -> set[int]:
+    """Buffers of which every reader takes only its slice."""
+    sliced: set[int] = set()
+    read: set[int] = set(program.outputs.values())
+    for i, _ in program.instructions():
+        slices = isinstance(i, Collective) and i.kind == "slice"
+        (sliced if slices else read).update(i.ins)
+    return sliced - read - _handed_on(program.block)
+
+
+def _handed_on(block: Block) -> set[int]:
+    """Buffers that loops carry or stack."""
+    found: set[int] = set()
+    for step in block:
+        if isinstance(step, LoopStep):
+            found.update(b for k in step.carries for b in (k.init, k.exit))
+            found.update(s.outer for s in step.reads)
+            found.update(s.inner for s in step.writes)
+            found |= _handed_on(step.body)
+    return found
 
 
 def compiled_moves(collectives: Iterable[Executed]) -> Iterable[Moved]:

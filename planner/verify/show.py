@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from planner.annotations import as_lists
-from planner.export.jax_program import partition
+from planner.export.jax_expr import partition
 from planner.sharding.spec import Spec
 from planner.verify.compare import Row, Verification, summary
 from planner.verify.compile import Compiled

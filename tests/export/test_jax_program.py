@@ -20,7 +20,7 @@ from planner.architectures import build
 from planner.architectures.settings import Decoder
 from planner.export.jax_ops import ExportError
 from planner.export.jax_program import jax_program, result_program
-from planner.export.placement import Copy, Placement
+from planner.export.placement import Copy, Gradient, Placement, placement
 from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
@@ -28,6 +28,7 @@ from planner.graph.optimizers import RATE
 from planner.model import OPTIMIZERS, Model, Pipeline, Remat, Training
 from planner.pipelining.stacked import stacked
 from planner.planning import price_annotations
+from planner.sharding.choices import Choice
 from planner.sharding.spec import Spec
 from planner.values import reference
 
@@ -123,6 +124,52 @@ def test_bodies_save_what_the_plan_saves(remat: Remat) -> None:
     assert sorted(np.prod(v.aval.shape[1:]) for v in stacks) == planned
 
 
+@pytest.mark.parametrize("remat", ["none", "full", "attention"])
+def test_softmax_with_the_planned_gradient(remat: Remat) -> None:
+    """The program's own function, as it is written for GPUs: same values, same saved tensors."""
+    model = f32(support.transformer(remat=remat))
+    step = training_step(replace(model, workload=replace(model.training, optimizer="sgd")))
+    inputs = reference.random_inputs(step)
+    found = []
+    for own in (False, True):
+        source = jax_program(model, MESH, Placement({}, softmax=own))
+        assert ("def softmax(" in source) == own == ("jax.nn.softmax(\n" not in source)
+        module = load(source)
+        params, _, batch = arrays(module, inputs)
+        traced = jax.make_jaxpr(jax.value_and_grad(module.loss_fn))(params, batch)
+        scan = next(e for e in traced.eqns if e.primitive.name == "scan")
+        stacks = sorted(v.aval.shape for v in scan.outvars[scan.params["num_carry"] :])
+        found.append((jax.value_and_grad(module.loss_fn)(params, batch), stacks))
+    (loss, grads), stacks = found[0]
+    (own_loss, own_grads), own_stacks = found[1]
+    assert own_stacks == stacks
+    np.testing.assert_allclose(own_loss, loss, rtol=1e-6)
+    for name, g in grads.items():
+        np.testing.assert_allclose(own_grads[name], g, rtol=0, atol=1e-6, err_msg=name)
+
+
+def test_no_mask_of_full_size_goes_through_the_loop() -> None:
+    """JAX carries what does not change from layer to layer; jnp.where would make masks and
+    constants as large as all scores of it."""
+    model = decoder_of({"kv_heads": 2, "vocab": 8})
+    module = load(jax_program(model, MESH, Placement({})))
+    params, _, batch = module.shapes()
+    traced = jax.make_jaxpr(jax.value_and_grad(module.loss_fn))(params, batch)
+    scores = 2 * 4 * 8 * 8
+    for scan in (e for e in traced.eqns if e.primitive.name == "scan"):
+        constants = scan.invars[: scan.params["num_consts"]]
+        assert all(np.prod(v.aval.shape) < scores for v in constants)
+
+
+def test_grouped_scores_are_made_as_they_lie() -> None:
+    """The queries are transposed, which are smaller, and nothing of the size of scores is."""
+    model = decoder_of({"kv_heads": 2, "sequence": 32})
+    source = jax_program(model, MESH, Placement({}))
+    words = "".join(source.split())
+    assert '"BKGSH,BTKH->BKGST",jnp.transpose(q,(0,2,3,1,4)),k' in words
+    check_gradients(model)
+
+
 def test_ring_attention_and_stages_in_one_program() -> None:
     check_gradients(decoder_of({"attention_blocks": 4, "kv_heads": 2}))
     model = decoder_of({})
@@ -134,7 +181,7 @@ def decoder_of(more: dict[str, Any]) -> Model:
     """A small decoder in f32."""
     sizes = {"d_model": 16, "heads": 4, "vocab": 16, "sequence": 8, "layers": 4}
     training = Training(2, "sgd", compute="f32", remat="full")
-    return Model("small", build(Decoder(**sizes, **more), 2, training), training, 16)
+    return Model("small", build(Decoder(**{**sizes, **more}), 2, training), training, 16)
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
@@ -217,6 +264,54 @@ def test_sharded_over_eight_devices_is_the_same(tmp_path: Path) -> None:
         {"layers.h": Spec((("x",), (), ("y",)))},
     )
     run_sharded(jax_program(f32(support.transformer(optimizer="adamw")), MESH, place), tmp_path)
+
+
+def test_gradients_made_as_planned_are_the_same(tmp_path: Path) -> None:
+    """Products with gradients split otherwise than they are, softmax with its own gradient."""
+    place = Placement(
+        {
+            "layers.w1": Spec(((), ("y",), ())), "ids": Spec((("y",), ())),
+            "targets": Spec((("y",), ())), "layers.x.in": Spec((("y",), ("x",), ())),
+            "layers.h": Spec((("y",), ("x",), ())), "logits": Spec((("y",), ("x",), ())),
+        },
+        gradients={
+            ("layers.h", "layers.w1.cast"): Gradient(
+                Spec((("y",), (), ("x",))), Spec((("y",), (), ())), Spec(((), ("x",)))
+            ),
+            ("logits", "table.cast"): Gradient(home=Spec(((), ("y",)))),
+        },
+        together={"logits"}, softmax=True,
+    )  # fmt: skip
+    source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)
+    assert 'P("y", None, "x"), P("y", None, None), P(None, "x")' in source
+    assert "together=True" in source
+    run_sharded(source, tmp_path)
+
+
+def test_only_gpus_are_told_more() -> None:
+    """Gradients made together, softmax by hand and narrowing before gathering: where a plan for a
+    GPU says so, the same plan for a TPU leaves it to the compiler."""
+    model = decoder_of({})
+    on_tpu = meshes.logical(meshes.resolve("tpu-v3:2x2"), {"x": 2, "y": 4})
+    gpu, tpu = (placement(price_annotations(model, m, {})) for m in (MESH, on_tpu))
+    assert (gpu.softmax, "logits" in gpu.together) == (True, True)
+    assert (tpu.softmax, tpu.together) == (False, set())
+
+
+def test_a_gradient_split_otherwise_than_its_product_is_named() -> None:
+    """The product is split by batch, the gradient of its weight by what the product makes."""
+    model = decoder_of({})
+    result = price_annotations(model, MESH, {"layers.in": (("x",), ("y",), ())})
+    ops = {op.name: op for op, _ in result.graph.walk()}
+    name = next(n for n in ops if n.startswith("layers.w_in") and n.endswith(".grad"))
+    split = tuple(
+        {"B": ("x",), "F": ("y",)}.get(f.name, ()) for f in ops[name].rule.factors
+    )  # fmt: skip
+    choices = {**result.plan.choices, name: Choice(split)}
+    found = placement(replace(result, plan=replace(result.plan, choices=choices))).gradients
+    gradient = found["layers.in", name.removesuffix(".grad")]
+    assert gradient.made == Spec(((), ("y",)))
+    assert gradient.cotangent == Spec((("x",), (), ("y",)))
 
 
 def test_uneven_activations_are_padded_by_the_compiler(tmp_path: Path) -> None:

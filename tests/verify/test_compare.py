@@ -13,11 +13,20 @@ from hypothesis import strategies as st
 from verify_support import BATCH, FLOPS, SPECS, mesh, mlp
 
 import meshes
+from costmodels.program import Buffer, Collective, Compute, Kernel, Program, Step
 from planner.export.jax_program import jax_program
 from planner.export.placement import Placement
+from planner.graph.builder import Builder
+from planner.graph.core import Op
 from planner.planning import price_annotations
 from planner.verify import BackendError, Thresholds, document, text, verify
-from planner.verify.compare import Row, collective_rows, summary
+from planner.verify.compare import (
+    Row,
+    collective_rows,
+    predicted_moves,
+    summary,
+    written_flops,
+)
 from planner.verify.compile import compile_program, needed_bytes
 from planner.verify.hlo import parse
 from planner.verify.hlo_reading import read
@@ -51,6 +60,34 @@ def test_small_collectives_are_not_judged_and_large_ones_are() -> None:
     assert [(r.name, r.exceeded) for r in rows] == [
         ("all-gather over x", True), ("all-to-all over y", False),
     ]  # fmt: skip
+
+
+def test_a_planned_sum_of_which_only_slices_are_read_is_a_reduce_scatter() -> None:
+    """Rule 5 holds for both sides: sums over two axes that end in two dimensions are planned as
+    an all-reduce and slices. Where somebody reads all of the sum it is none."""
+    shapes = {0: (8,), 1: (8,), 2: (4,), 3: (8,)}
+    buffers = {n: Buffer(n, shape, "f32", "temporaries", "t") for n, shape in shapes.items()}
+    total = Collective("all-reduce", ("x",), 0, 1, 32)
+    taken = Collective("slice", ("x",), 1, 2, 32, dim=0)
+    whole = Compute(Kernel("k", "map", "f32", 64, 8), (1,), (3,))
+    found = []
+    for readers in ((taken,), (taken, whole)):
+        block = (Step("s", (total, *readers)),)
+        program = Program((("x", 2),), buffers, block, {"a": 0}, {"b": 2})
+        found.append(normalised(predicted_moves(program), SIZES))
+    assert found[0] == {("reduce-scatter", ("x",)): 32}
+    assert found[1] == {("reduce-scatter", ("x",)): 32, ("all-gather", ("x",)): 32}
+
+
+def test_a_gather_that_the_program_writes_as_a_product_counts_as_one() -> None:
+    b = Builder()
+    mask, x = b.input("mask", (4, 6), ("T", "S"), "f32"), b.input("x", (6, 8), ("S", "D"), "f32")
+    picked = b.einsum("T S, S D -> T D", mask, x, name="picked", attrs={"picks": ("T", "S")})
+    op = b.nodes[-1]
+    assert isinstance(op, Op)
+    assert op.outs == (picked,)
+    assert written_flops(Kernel("picked", "map", "f32", 1, 0, None, op)) == 2 * 4 * 6 * 8
+    assert written_flops(Kernel("other", "map", "f32", 1, 0, (1, 2, 3, 4))) == 2 * 24
 
 
 def test_summary_is_the_median_and_the_worst_of_judged_rows() -> None:
