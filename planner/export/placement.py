@@ -97,11 +97,13 @@ def placement(result: Result) -> Placement:
 
 
 def _as_saved(result: Result) -> dict[str, Spec]:
-    """Tensor → how each slice of its stack lies, where one is saved."""
+    """Tensor → how each slice of its stack lies, where one is saved. What enters a body, which no
+    op makes, lies as it comes."""
     found = {}
+    made = {o for op, _ in result.graph.walk() for o in op.outs}
     for stack, spec in result.specs.items():
         name = stack.removesuffix(SAVED)
-        if name != stack and (lies := result.specs.get(name)) is not None:
+        if name != stack and name in made and (lies := result.specs.get(name)) is not None:
             found[name] = Spec(spec.dims[len(spec.dims) - len(lies.dims) :])
     return found
 
