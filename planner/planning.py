@@ -23,7 +23,7 @@ from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
-from planner.ilp import Outcome, quick_bound, solve
+from planner.ilp import Outcome, Problem, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Inference, Model
@@ -464,10 +464,11 @@ class Planning:
 
     def solved(self, limit: float | None, counts: Counts, gap: float) -> Outcome:
         self.check_time(LAST_SHARE * (self.options.time_limit_s or 0.0))
-        problem = self.space.problem(limit, self.active, counts, self.dispute_s)
+        problem = self.problem(limit, counts)
         self.say(f"solving for {problem.size} decisions")
+        time_limit = self.clock.left() * SOLVE_SHARE if self.clock.limited else None
         outcome = solve(
-            problem, backend=self.options.backend, time_limit=self.solve_limit(),
+            problem, backend=self.options.backend, time_limit=time_limit,
             work_limit=WORK_LIMIT, seed=self.options.seed, gap=gap,
         )  # fmt: skip
         self.solving_s += outcome.seconds
@@ -478,9 +479,9 @@ class Planning:
         ahead, waiting = weights
         return [ahead if c.tensor in self.prefetched else waiting for c in self.flow.conversions]
 
-    def solve_limit(self) -> float | None:
-        """Seconds that one solve may take."""
-        return self.clock.left() * SOLVE_SHARE if self.clock.limited else None
+    def problem(self, limit: float | None, counts: Counts) -> Problem:
+        """What is solved, with memory constraints at the active steps."""
+        return self.space.problem(limit, self.active, counts, self.dispute_s)
 
     def infeasible(self) -> Infeasible:
         """The plan of least memory, between what is proven too little and the least peak seen."""

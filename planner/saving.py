@@ -13,14 +13,13 @@ from functools import cached_property
 
 from meshes import LogicalMesh
 from planner.graph.derive import OPEN
-from planner.ilp import quick_bound, solve
+from planner.ilp import Problem, quick_bound
 from planner.model import Model
 from planner.pins import in_loops
 from planner.planning import (
     ENOUGH_GAP,
     EXACT_AXES,
     MEMORY_ROUNDS,
-    WORK_LIMIT,
     NothingFits,
     Options,
     Planning,
@@ -29,7 +28,7 @@ from planner.planning import (
 )
 from planner.result import Result
 from planner.sharding.saving import SavingProgram
-from planner.weighting import GUESSES, PLAIN, Weights
+from planner.weighting import GUESSES, PLAIN, Counts, Weights
 
 ROUNDS = 3  # of finding out how much memory the ILP does not count
 LESS = 0.03  # share of the limit by which it is lowered if what was decided does not fit
@@ -49,8 +48,7 @@ def weightings(mesh: LogicalMesh) -> list[Weights]:
 def saving_bound(model: Model, mesh: LogicalMesh) -> float:
     """Seconds that no plan's serial time falls below, whatever it saves."""
     planning = _planning(model, mesh, Options())
-    plainly = [1.0] * len(planning.flow.conversions)
-    return quick_bound(planning.program.problem(None, [], plainly))
+    return quick_bound(planning.problem(None, planning.counts(PLAIN)))
 
 
 def plan_saving(model: Model, mesh: LogicalMesh, options: Options, weights: Weights) -> Result:
@@ -100,17 +98,15 @@ class SavingPlanning(Planning):
     def program(self) -> SavingProgram:
         return SavingProgram(self.space)
 
+    def problem(self, limit: float | None, counts: Counts) -> Problem:
+        return self.program.problem(limit, self.active, counts)
+
     def saved(self, weights: Weights) -> tuple[str, ...] | None:
         """What the fastest plan within the memory saves; None if none fits."""
         counts = self.counts(weights)
         limit = self.target - self.slack
         for _ in range(MEMORY_ROUNDS):
-            self.check_time()
-            problem = self.program.problem(limit if self.active else None, self.active, counts)
-            outcome = solve(
-                problem, backend=self.options.backend, time_limit=self.solve_limit(),
-                work_limit=WORK_LIMIT, seed=self.options.seed, gap=ENOUGH_GAP,
-            )  # fmt: skip
+            outcome = self.solved(limit if self.active else None, counts, ENOUGH_GAP)
             if outcome.status == "infeasible":
                 return None
             if outcome.choice is None:

@@ -11,6 +11,7 @@ import keyword
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from planner.export.jax_ops import OpText, reads, statements
 from planner.export.placement import Gradient
@@ -44,6 +45,11 @@ class LossWriter:
     parameter_of: dict[str, str] = field(default_factory=dict)  # slice in a body → its parameter
     labels: list[str] = field(default_factory=list)  # of what bodies save
     helpers: set[str] = field(default_factory=set)  # functions of the program that are called
+
+    @cached_property
+    def moved(self) -> set[str]:
+        """Tensors that some op reads in another sharding than their own."""
+        return {name for _, name in self.uses}
 
     def lines(self) -> list[str]:
         """The body of the function, unindented."""
@@ -88,7 +94,7 @@ class LossWriter:
             if prefix and not set(named).isdisjoint(self.kept):
                 self.labels.append(self.variables[named[0]])
                 code = code if label else f'saved({code}, "{self.labels[-1]}")'
-                if named[0] in self.annotated and named[0] in {name for _, name in self.uses}:
+                if named[0] in self.annotated and named[0] in self.moved:
                     # Said of the saved value, too: else it may be saved as its readers want it.
                     code = f'shard({code}, "{named[0]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")

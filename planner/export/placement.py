@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, replace
 from costmodels.program import ITEM_BYTES
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
-from planner.graph.core import Loop, Op
-from planner.graph.derive import SAVED
+from planner.graph.core import Loop, Op, Tensor
+from planner.graph.derive import AGAIN, SAVED
 from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.spec import Spec
@@ -68,6 +68,7 @@ def placement(result: Result) -> Placement:
     uses: dict[Use, Copy] = {}
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
+    tensors = result.graph.all_tensors()
     gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
@@ -84,7 +85,7 @@ def placement(result: Result) -> Placement:
         gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
-        elif gpu and gathered and _is_cast(op, result):
+        elif gpu and gathered and _is_cast(op, tensors):
             sums[op.outs[0]] = made
     gradients = _gradients(result)
     together = _outside_loops(result) if gpu else {}
@@ -141,7 +142,7 @@ def _gradients(result: Result) -> dict[Use, Gradient]:
             rule, choice = makers[0].rule, plan.choices[makers[0].name]
             made = choice.result(rule, 0, order)
             if made.partial:
-                at = [x.removesuffix("~") for x in makers[0].ins].index(other)
+                at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
                 found[op.name, name] = Gradient(
                     choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
                 )
@@ -151,7 +152,7 @@ def _gradients(result: Result) -> dict[Use, Gradient]:
 def _makes_gradient(op: Op, name: str, other: str) -> bool:
     """Whether a product of the backward pass makes the gradient of `name` out of `other`."""
     named = re.fullmatch(rf"{re.escape(name)}\.grad(_\d+)?", op.outs[0])
-    return named is not None and other in (x.removesuffix("~") for x in op.ins)
+    return named is not None and other in (x.removesuffix(AGAIN) for x in op.ins)
 
 
 def _split(op: Op, plan: Plan) -> dict[str, Sequence[str]]:
@@ -180,11 +181,10 @@ def _outside_loops(result: Result) -> dict[Use, Spec]:
     return found
 
 
-def _is_cast(op: Op, result: Result) -> bool:
+def _is_cast(op: Op, tensors: Mapping[str, Tensor]) -> bool:
     """Whether an op only narrows a tensor. Told so, a compiler narrows it before it is gathered."""
     if len(op.ins) != 1 or op.attrs.get("exprs") != (ex.x(0),):
         return False
-    tensors = result.graph.all_tensors()
     before, after = (tensors[n].dtype for n in (op.ins[0], op.outs[0]))
     return ITEM_BYTES[after] < ITEM_BYTES[before]
 

@@ -121,6 +121,10 @@ class Space:
         """How many a node has."""
         return len(self._costs[self.keys[node]])
 
+    def node_of(self, op: Op) -> int:
+        """The node of an op, and of its recomputations."""
+        return self.number["op", op.origin or op.name]
+
     def key(self, place: Place) -> Key:
         """The node that decides the spec at `place`."""
         if place.kind == "home":
@@ -234,7 +238,7 @@ class Space:
     def site_usages(self, site: OpSite, active: Sequence[int]) -> list[Usage]:
         """What an op's results and halos occupy at the steps `active`."""
         op = site.op
-        node = self.number["op", op.origin or op.name]
+        node = self.node_of(op)
         found = []
         for k, interval in site.held.items():
             if points := _points(interval, active):

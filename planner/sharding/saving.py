@@ -28,7 +28,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.graph.core import Graph, Op
+from planner.graph.core import Loop, Op
 from planner.graph.derive import AGAIN, CHOOSES, SAVED
 from planner.ilp import Edge, Problem, Usage
 from planner.sharding.flow import Conversion
@@ -106,16 +106,16 @@ class SavingProgram:
     def __post_init__(self) -> None:
         graph = self.space.flow.graph
         self.values = {op.outs[0]: op for op, _ in graph.walk() if op.attrs.get(CHOOSES)}
-        bodies = [loop.body for loop in graph.loops() if self.values.keys() & loop.body.tensors]
+        loops = [x for x in graph.loops() if self.values.keys() & x.body.tensors]
         self.again = {
-            op.name: op for body in bodies for op in body.nodes
+            op.name: op for loop in loops for op in loop.body.nodes
             if isinstance(op, Op) and op.phase == "recompute" and op.origin
         }  # fmt: skip
         self.made = {o: op for op in self.again.values() for o in op.outs}
         self.stacks = {name.removesuffix(AGAIN) + SAVED for name in self.values}
         self.origins = {op.origin for op in self.again.values()}
         self.modes = [self._modes_of(key) for key in self.space.keys]
-        self.needs = [need for body in bodies for need in self._needs(body)]
+        self.needs = [need for loop in loops for need in self._needs(loop)]
 
     def _modes_of(self, key: Key) -> tuple[str, ...]:
         kind, name = key
@@ -124,26 +124,17 @@ class SavingProgram:
         tensor = self.space.flow.homes[int(name)].tensor
         return STACK if tensor in self.stacks else HOME if tensor in self.values else (ALWAYS,)
 
-    def _needs(self, body: Graph) -> list[tuple[str, str | None]]:
+    def _needs(self, loop: Loop) -> list[tuple[str, str | None]]:
         """(value or cheap recomputed tensor, the recomputation that reads it or None if what
         reads it is always run)."""
-        found: list[tuple[str, str | None]] = []
-        loop = next(x for x in self.space.flow.graph.loops() if x.body is body)
         handed_on = {k.exit for k in loop.carries} | {s.inner for s in loop.writes}
         reads: list[tuple[str, str | None]] = [(name, None) for name in handed_on]
-        for node in body.nodes:
+        for node in loop.body.nodes:
             optional = isinstance(node, Op) and node.name in self.again
             reads += [(name, node.name if optional else None) for name in node.ins]
-        for name, reader in dict.fromkeys(reads):
-            made = self.made.get(name)
-            chosen = made is not None and self.space.flow.sites[made.name]
-            if name in self.values or (chosen and not self._is_chosen(name)):
-                found.append((name, reader))
-        return found
-
-    def _is_chosen(self, name: str) -> bool:
-        """Whether a recomputed tensor only feeds the op that stands for the choice."""
-        return any(name in op.ins for op in self.values.values())
+        chosen = {name for op in self.values.values() for name in op.ins}  # read by nothing else
+        needed = self.values.keys() | (self.made.keys() - chosen)
+        return [(name, reader) for name, reader in dict.fromkeys(reads) if name in needed]
 
     # ---- the problem ------------------------------------------------------------------------
 
@@ -184,14 +175,12 @@ class SavingProgram:
 
     def _costs(self) -> list[Array]:
         space = self.space
-        found = [
-            np.tile(np.zeros(space.strategies(i)), self._count(i)) for i in range(len(space.keys))
-        ]
+        found = [np.zeros(space.strategies(i) * self._count(i)) for i in range(len(space.keys))]
         for site in space.flow.sites.values():
             op = site.op
             if op.outs[0] in self.values:
                 continue
-            node = space.number["op", op.origin or op.name]
+            node = space.node_of(op)
             each = np.tile(space.site_seconds[op.name], self._count(node))
             found[node] += each * self._mask(node, AGAIN_TOO) if op.name in self.again else each
         for i, modes in enumerate(self.modes):
@@ -267,7 +256,7 @@ class SavingProgram:
         number = self.space.number
         for name, reader in self.needs:
             op = self.values.get(name) or self.made[name]
-            node = number["op", op.origin or op.name]
+            node = self.space.node_of(op)
             missing = self._mask(node, UNUSED, ONCE)
             if reader is None:
                 costs[node][missing] = np.inf
@@ -284,7 +273,7 @@ class SavingProgram:
         found = []
         for site in space.flow.sites.values():
             op = site.op
-            node = space.number["op", op.origin or op.name]
+            node = space.node_of(op)
             there = self._there(node, op.name in self.again)
             for u in space.site_usages(site, active):
                 found.append(_masked(u, there))
