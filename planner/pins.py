@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
 from planner.graph.core import ARGUMENTS, Graph, Loop
-from planner.graph.derive import AGAIN, SAVED
+from planner.graph.recompute import AGAIN, SAVED
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 

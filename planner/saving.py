@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import cached_property
 
 from meshes import LogicalMesh
-from planner.graph.derive import OPEN
+from planner.graph.recompute import OPEN
 from planner.ilp import Problem, quick_bound
 from planner.model import Model
 from planner.pins import in_loops
@@ -92,7 +92,7 @@ def _planning(model: Model, mesh: LogicalMesh, options: Options) -> SavingPlanni
 
 
 class SavingPlanning(Planning):
-    """Planning of an open step (see planner.graph.derive), as far as what it saves."""
+    """Planning of an open step (see planner.graph.recompute), as far as what it saves."""
 
     @cached_property
     def program(self) -> SavingProgram:

@@ -17,7 +17,7 @@ from costmodels.program import ITEM_BYTES
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Op, Tensor
-from planner.graph.derive import AGAIN, SAVED
+from planner.graph.recompute import AGAIN, SAVED
 from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.spec import Spec

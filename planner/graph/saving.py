@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.graph.core import Loop, Node, Op
-from planner.graph.derive import AGAIN, training_step
+from planner.graph.derive import training_step
+from planner.graph.recompute import AGAIN
 from planner.model import Model
 
 LINKS = 8  # sets of a chain that are worth planning: neighbours hardly differ

@@ -16,7 +16,7 @@ from costmodels.program import Compute
 from costmodels.summary import CollectiveRow, collectives
 from planner.errors import InputError, nearest
 from planner.graph.core import Op
-from planner.graph.derive import AGAIN
+from planner.graph.recompute import AGAIN
 from planner.report import amounts
 from planner.report.tables import table
 from planner.request import Planned

@@ -22,7 +22,7 @@ from math import inf, isfinite
 from time import monotonic
 
 from meshes import LogicalMesh
-from planner.graph.derive import OPEN
+from planner.graph.recompute import OPEN
 from planner.model import Model, Remat
 from planner.pins import PinError
 from planner.pipelining.pieces import PipelineError

@@ -11,7 +11,8 @@ from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
 from planner import saving
 from planner.graph.core import Loop, Op
-from planner.graph.derive import OPEN, training_step
+from planner.graph.derive import training_step
+from planner.graph.recompute import OPEN
 from planner.graph.saving import chain
 from planner.model import AUTO, FIXED_POLICIES, Model, Training
 from planner.pins import in_loops

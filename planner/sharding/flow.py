@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.graph.core import Carry, Graph, Loop, Node, Op, Tensor
-from planner.graph.derive import CHOOSES
+from planner.graph.recompute import CHOOSES
 from planner.sharding.spec import Spec
 
 Interval = tuple[int, int]  # half-open, in steps

@@ -1,7 +1,7 @@
 """One ILP for sharding and saving: the strategies of a `Space`, times modes.
 
-The space is that of a step with the policy `open` (planner.graph.derive), in which every value that
-a backward body needs may be kept or computed again. Nodes have modes:
+The space is that of a step with the policy `open` (planner.graph.recompute), in which every value
+that a backward body needs may be kept or computed again. Nodes have modes:
 
     a stack of kept values         PRESENT  it is there          ABSENT   it takes no memory
     an op with a recomputation     ONCE     in the forward pass  AGAIN    in both
@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.graph.core import Loop, Op
-from planner.graph.derive import AGAIN, CHOOSES, SAVED
+from planner.graph.recompute import AGAIN, CHOOSES, SAVED
 from planner.ilp import Edge, Problem, Usage
 from planner.sharding.flow import Conversion
 from planner.sharding.formulate import Array, Key, Space, add_edge

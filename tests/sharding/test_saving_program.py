@@ -12,7 +12,8 @@ import meshes
 from meshes import LogicalMesh
 from planner.graph import expr as ex
 from planner.graph.builder import Builder
-from planner.graph.derive import CHOOSES, OPEN, training_step
+from planner.graph.derive import training_step
+from planner.graph.recompute import CHOOSES, OPEN
 from planner.graph.saving import saved_values
 from planner.model import Model, Remat, Training
 from planner.planning import ENOUGH_GAP, Options, Planning, Unsolved
