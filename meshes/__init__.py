@@ -14,11 +14,11 @@ from meshes.errors import MeshError
 from meshes.links import Group, Level, Part
 from meshes.mesh import LogicalMesh, candidate_shapes, default_axes, logical
 from meshes.resolve import resolve
-from meshes.shapes import axis_names, every_mesh
+from meshes.shapes import alike, axis_names, every_mesh
 from meshes.topology import Dimension, Topology
 
 __all__ = [
     "Chip", "Dimension", "Group", "Level", "LogicalMesh", "MatrixUnit", "MeshError", "Part",
-    "Topology", "axis_names", "candidate_shapes", "canonical_dtype", "catalogue_text",
+    "Topology", "alike", "axis_names", "candidate_shapes", "canonical_dtype", "catalogue_text",
     "default_axes", "every_mesh", "logical", "names", "resolve",
 ]  # fmt: skip

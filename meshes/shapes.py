@@ -8,7 +8,7 @@ the axes and dimensions are called.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from itertools import combinations
 
 from meshes.errors import MeshError
@@ -30,7 +30,7 @@ def every_mesh(topology: Topology, most: int = MOST_AXES) -> list[LogicalMesh]:
             mesh = logical(topology, shape)
         except MeshError:  # these sizes cannot be laid on the links
             continue
-        found.setdefault(_signature(mesh), mesh)
+        found.setdefault(alike(mesh), mesh)
     return list(found.values())
 
 
@@ -57,7 +57,7 @@ def _factorisations(devices: int, rank: int) -> Iterator[tuple[int, ...]]:
                 yield (size, *rest)
 
 
-def _signature(mesh: LogicalMesh) -> object:
+def alike(mesh: LogicalMesh) -> Hashable:
     """Equal for meshes that differ only in what axes and dimensions are called."""
     names = mesh.names
     subsets = (s for n in range(1, len(names) + 1) for s in combinations(names, n))

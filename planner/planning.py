@@ -6,14 +6,23 @@ memory constraints added where the lowered program exceeds the limit, simulate w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Hashable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from math import inf, sqrt
 from typing import TYPE_CHECKING
 
+import meshes
 from costmodels.early import sums_at_once
-from costmodels.exposure import exposed_shares
+from costmodels.exposure import Moved, exposed_shares
 from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
@@ -48,6 +57,7 @@ from planner.sharding.reshard import Resharder
 from planner.sharding.spec import Spec
 from planner.tying import tied_annotation, tied_meshes, untied
 from planner.weighting import (
+    GUESSED_AXES,
     GUESSES,
     LOOK,
     PLAIN,
@@ -55,6 +65,7 @@ from planner.weighting import (
     ROUNDS,
     Counts,
     Exposure,
+    Seen,
     Weights,
     settled,
 )
@@ -79,7 +90,8 @@ LEAST_MEMORY_COST_GAP = 0.1  # any plan within such a limit will do, but not one
 class Options:
     """How to plan. `memory_bytes`: limit per device instead of the chip's own. Without
     `least_memory`, no plan is looked for once nothing fits (it takes longer than the proof). What
-    has no promise to be faster than `to_beat_s` is given up."""
+    has no promise to be faster than `to_beat_s` is given up. `known`: of meshes (by `meshes.alike`)
+    what has been seen without constraints."""
 
     memory_bytes: int | None = None
     headroom: float = DEFAULT_HEADROOM
@@ -88,6 +100,7 @@ class Options:
     backend: str = "auto"
     least_memory: bool = True
     to_beat_s: float = inf
+    known: Mapping[Hashable, Seen] = field(default_factory=dict, compare=False)
 
 
 class Infeasible(Exception):
@@ -323,8 +336,8 @@ class Planning:
             if not seen:
                 raise
             status = "time_limit" if self.clock.limited else ""
-        fastest = min(seen, key=lambda c: c.seconds)
-        return self.proven(fastest, status or fastest.plan.proof.status)
+        found = fastest(seen)
+        return self.proven(found, status or found.plan.proof.status)
 
     def proven(self, candidate: Candidate, status: str) -> Candidate:
         """With the time of all solves in its proof."""
@@ -332,23 +345,63 @@ class Planning:
         return replace(candidate, plan=replace(candidate.plan, proof=proof))
 
     def countings(self, seen: Sequence[Candidate]) -> Iterator[Counts]:
-        """Guesses what communication counts, then what has been exposed in the plans `seen`,
+        """What communication counts at first, then what has been exposed in the plans `seen`,
         which grow meanwhile, until their times settle. Raises NoPromise."""
-        yield from (self.counts(weights) for weights in GUESSES)
+        joined = self.joined() if self.follows else None
+        guesses = () if joined else GUESSES
+        yield from (self.counts(weights) for weights in guesses)
         if not self.follows:
             return
         exposure = Exposure()
-        last = min(seen, key=lambda c: c.seconds)
+        exposure.see(joined.exposed if joined else self.exposed(fastest(seen)))
         guessed = self.counts(GUESSES[0])
         for n in range(ROUNDS):
-            times = [c.seconds for c in seen]
-            if n == LOOK and min(times) > self.options.to_beat_s * (1 + PROMISE):
-                raise NoPromise("slower at first look")
-            if settled(times[len(GUESSES) :]):
-                return
-            exposure.see(exposed_shares(last.program, self.mesh))
             yield exposure.counts(self.flow.conversions, guessed)
-            last = seen[-1]
+            times = [c.seconds for c in seen]
+            if n + 1 == LOOK:
+                self.check_promise(min(times))
+            if settled(times[len(guesses) :]):
+                return
+            exposure.see(self.exposed(seen[-1]))
+
+    def exposed(self, candidate: Candidate) -> Mapping[Moved, float]:
+        return exposed_shares(candidate.program, self.mesh)
+
+    def check_promise(self, seconds: float) -> None:
+        if seconds > self.options.to_beat_s * (1 + PROMISE):
+            raise NoPromise("slower at first look")
+
+    def joined(self) -> Seen | None:
+        """Of the fastest plan where two of many axes are joined. Raises NoPromise."""
+        if sum(size > 1 for _, size in self.mesh.axes) <= GUESSED_AXES:
+            return None
+        found = []
+        for pair, mesh in tied_meshes(self.mesh, self.annotation):
+            known = self.options.known.get(meshes.alike(mesh))
+            if known is None or self.annotation:
+                self.say(f"joining axes {pair[0]} and {pair[1]}")
+                known = self._seen(mesh, tied_annotation(self.annotation, pair))
+            if known is not None:
+                found.append(known)
+        if not found:
+            return None
+        best = min(found, key=lambda s: s.step_s)
+        self.check_promise(best.step_s)
+        return best
+
+    def _seen(self, mesh: LogicalMesh, annotation: Annotation) -> Seen | None:
+        options = replace(self.options, least_memory=False, to_beat_s=inf)
+        planning = Planning(
+            self.model, mesh, options, annotation, self.progress, dispute_s=self.dispute_s
+        )
+        planning.clock = self.clock
+        try:
+            found = planning.fastest(planning.fitting)
+        except Unsolved:
+            return None
+        finally:
+            self.solving_s += planning.solving_s
+        return Seen(found.timing.step_time_s, planning.exposed(found))
 
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
@@ -539,6 +592,10 @@ class Planning:
             count_flops(self.graph), self.limit, self.options.headroom,
             resolve_specs(self.flow, c.plan, self.resharder), self.mesh.topology.notes,
         )  # fmt: skip
+
+
+def fastest(candidates: Iterable[Candidate]) -> Candidate:
+    return min(candidates, key=lambda c: c.seconds)
 
 
 def better(a: Candidate, b: Candidate) -> Candidate:

@@ -3,7 +3,8 @@
 The ILP adds up seconds; how many of them computation hides only the simulator knows, of a plan
 that there is already. So planning takes turns: a few guesses (weights of parameters are fetched
 ahead and their gradients drain late, activations wait), then what was exposed in the last plan,
-averaged over the rounds, decides what the next one pays for.
+averaged over the rounds, decides what the next one pays for. Where guesses are dear, on meshes of
+many axes, what the plan of a mesh of fewer axes exposes comes in their place.
 
 Only the weights belong here; plans are made of them in `planner.planning`.
 """
@@ -21,12 +22,21 @@ Counts = Sequence[float]  # of every conversion
 
 PLAIN = (1.0, 1.0)
 GUESSES = ((0.1, 1.0), (0.1, 0.3), (0.02, 0.1), PLAIN)
+GUESSED_AXES = 2  # with more, what is exposed where two axes are joined comes first
 ROUNDS = 8  # that follow what was exposed
 LOOK = 4  # rounds after which the promise of a plan is known,
 PROMISE = 0.06  # by how much it may get better after those (measured: 0.04)
 LEAST = 0.03  # what is hidden is not free: there may be too much of it
 RESTS = 0.003  # share by which three rounds that have come to rest may differ
 NEWEST = 0.25  # least weight of the last round in the average
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Of a plan its step time and the shares of communication that it exposes."""
+
+    step_s: float
+    exposed: Mapping[Moved, float]
 
 
 @dataclass

@@ -19,6 +19,7 @@ from planner.pipelining.stacked import MICRO, stacked
 from planner.plan import Plan
 from planner.planning import EXACT_AXES, Candidate, Planning
 from planner.result import Result
+from planner.weighting import Seen
 
 
 @dataclass
@@ -66,6 +67,10 @@ class StackedPlanning(Planning):
 
     def step(self) -> Graph:
         return training_step(self.model, keep=tuple(self.annotation))
+
+    def joined(self) -> Seen | None:
+        """Nothing: the axis of the stages is joined with no other."""
+        return None
 
     def lowered(self, plan: Plan) -> Candidate:
         found = super().lowered(plan)

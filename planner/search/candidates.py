@@ -6,8 +6,9 @@ the model file (a pipeline's microbatches).
 Where the chip does not overlap communication and computation, the surrogate's bound is one of
 the step time. Candidates then are planned in the order of their bounds until no bound leaves
 room for a faster plan. Where it does, the bound only says where to look first: ordinary candidates
-(meshes of one and two axes, fixed policies) are all planned, the others in order of promise,
-unless a first look rules them out, until several in a row bring nothing. Pipelines, of which no
+(meshes of one and two axes, fixed policies) are all planned. The others follow in the order of the
+step times that they have if two of their axes are joined, unless that or a first look rules them
+out, until several in a row bring nothing. Pipelines, of which no
 bound is known, come last in their own order, again until several in a row bring nothing.
 
 Candidates are planned in batches of a fixed size, so the answer does not depend on how many
@@ -16,12 +17,14 @@ processes share the work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from time import monotonic
 
-from meshes import LogicalMesh
+from costmodels.exposure import Moved, exposed_shares
+from costmodels.program import Program
+from meshes import LogicalMesh, alike
 from planner.graph.recompute import OPEN
 from planner.model import Model, Remat
 from planner.pins import PinError
@@ -41,7 +44,8 @@ from planner.report import amounts
 from planner.result import Result
 from planner.saving import plan_saving, saving_bound
 from planner.search.pool import Spread, processes
-from planner.weighting import PLAIN, Weights
+from planner.tying import tied_meshes
+from planner.weighting import PLAIN, Seen, Weights
 
 BATCH = 4
 SAME = 1e-3  # step times that differ by less are equal
@@ -70,6 +74,7 @@ class Trial:
     step_time_s: float = inf
     peak_bytes: int | None = None
     plan: Plan | None = None
+    exposed: Mapping[Moved, float] = field(default_factory=dict, compare=False)
     explanation: tuple[str, ...] = ()
 
     @property
@@ -164,7 +169,7 @@ class _Search:
         few = [i for i in order if self.trials[i].ordinary and i not in staged]
         more = [i for i in order if i not in few and i not in staged]
         self._plan(few, patience=len(few))
-        self._plan(more, patience=PATIENCE)
+        self._plan(sorted(more, key=self._promise), patience=PATIENCE)
         self._plan(staged, patience=PATIENCE)
         found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
         if self.options.least_memory and not any(t.outcome == FITS for t in found):
@@ -182,7 +187,7 @@ class _Search:
         while waiting and idle < patience and not self._late():
             waiting = [i for i in waiting if not self._hopeless(i)]
             batch, waiting = waiting[:BATCH], waiting[BATCH:]
-            options = self._options()
+            options = replace(self._options(), known=self._known())
             calls = [
                 _Call(self.model, self.trials[i], replace(options, to_beat_s=self._to_beat(i)))
                 for i in batch
@@ -199,6 +204,21 @@ class _Search:
         trial = self.trials[i]
         looks = trial.mesh.chip.overlap and not trial.ordinary and not trial.staged
         return self.best_s if looks else inf
+
+    def _promise(self, i: int) -> tuple[float, float]:
+        """Sorts trials by their step times with two axes joined, where known, and by bound."""
+        known = self._known()
+        joined = (known.get(alike(m)) for _, m in tied_meshes(self.trials[i].mesh, {}))
+        times = [seen.step_s for seen in joined if seen is not None]
+        return min(times, default=inf), self.trials[i].bound_s
+
+    def _known(self) -> dict[Hashable, Seen]:
+        """Of ordinary meshes what planning them has shown."""
+        return {
+            alike(t.mesh): Seen(t.step_time_s, t.exposed)
+            for t in self.settled.values()
+            if t.exposed
+        }
 
     def _hopeless(self, i: int) -> bool:
         """Settles what its constraints or its bound rule out."""
@@ -281,7 +301,16 @@ def _plan(call: _Call) -> Trial:
         return replace(call.trial, outcome=UNSOLVED, explanation=(str(error),))
     except PipelineError as error:
         return _impossible(call.trial, str(error))
-    return _told(call.trial, FITS, result)
+    return _shown(_told(call.trial, FITS, result), result)
+
+
+def _shown(trial: Trial, result: Result) -> Trial:
+    """With what the plan exposes, where others may make use of it."""
+    program = result.program
+    shows = trial.mesh.chip.overlap and trial.ordinary and trial.remat is None
+    if trial.staged or not shows or not isinstance(program, Program):
+        return trial
+    return replace(trial, exposed=exposed_shares(program, trial.mesh))
 
 
 def _impossible(trial: Trial, why: str) -> Trial:
