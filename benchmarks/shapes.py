@@ -70,7 +70,8 @@ class Runner:
         if results is not None and results.exists():
             for line in results.read_text(encoding="utf-8").splitlines():
                 entry = json.loads(line)
-                self.known[tuple(entry.pop("job"))] = Planned(**entry)
+                job = tuple(entry.pop("job"))
+                self.known[job] = Planned(**entry)
         cores = sorted(os.sched_getaffinity(0))
         self.free: queue.SimpleQueue[Sequence[int]] = queue.SimpleQueue()
         for k in range(at_once):

@@ -50,7 +50,8 @@ from planner.weighting import PLAIN, Seen, Weights
 BATCH = 4
 SAME = 1e-3  # step times that differ by less are equal
 ORDINARY_AXES = 2
-PATIENCE = 8  # candidates in a row that may fail to be faster
+PATIENCE = 16  # candidates in a row that may fail to be faster,
+STAGED_PATIENCE = 8  # and pipelines, which take longer
 FALLBACKS = 5  # candidates of which the plan of least memory is sought if nothing fits
 FITS, TOO_LARGE, UNSOLVED, SLOWER, LOOKED_SLOWER, LEFT_OUT, IMPOSSIBLE, LOST = (
     "fits", "does not fit", "no plan in time", "slower", "slower at first look", "left out",
@@ -170,7 +171,7 @@ class _Search:
         more = [i for i in order if i not in few and i not in staged]
         self._plan(few, patience=len(few))
         self._plan(sorted(more, key=self._promise), patience=PATIENCE)
-        self._plan(staged, patience=PATIENCE)
+        self._plan(staged, patience=STAGED_PATIENCE)
         found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
         if self.options.least_memory and not any(t.outcome == FITS for t in found):
             found = self._least_memory(found)
