@@ -120,7 +120,7 @@ class SpecGraph:
                 found[e] = self._bits(move.axes, -1)
         return found
 
-    def barred(self, padded: Sequence[bool]) -> Ints:
+    def barred(self, padded: NDArray[np.bool_]) -> Ints:
         """Of every move the bits that a path's source must not have: what is split already is not
         joined and cut again, but for dimensions with padding, whose blocks need not nest."""
         found = np.zeros(len(self.moves), dtype=np.int64)
@@ -378,7 +378,7 @@ class Resharder:
         if self.uneven and (np.array(shape, dtype=np.int64) % graph.parts[fits]).any():
             key = (shape, itemsize)
         if key not in self._distances:
-            padded = (np.array(shape, dtype=np.int64) % graph.parts[fits]).any(axis=0)
+            padded = np.any(np.array(shape, dtype=np.int64) % graph.parts[fits], axis=0)
             self._distances[key] = Distances(
                 graph, self._weights(graph, shape, itemsize, fits), graph.barred(padded)
             )
