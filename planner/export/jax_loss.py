@@ -35,6 +35,7 @@ class LossWriter:
     kept: Collection[str]
     uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
     sums: Mapping[str, str]  # product → its sharding where it is made
+    entries: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)  # (loop, carry)
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
     together: Collection[str] = ()  # products whose gradients are made one after the other
     values: Collection[str] = ()  # tensors whose gradients do not lie as they do
@@ -119,6 +120,13 @@ class LossWriter:
         code = self.variables[name]
         return f'shard({code}, "{parameter}")' if parameter in self.annotated else code
 
+    def _entering(self, loop: Loop, name: str) -> str:
+        """What a loop carries, on its way in, so that its gradient takes the same way back."""
+        code = self._operand(name)
+        for where in self.entries.get((loop.name, name), ()):
+            code = f"shard({code}, {where})"
+        return code
+
     def _variable(self, name: str, prefix: str) -> str:
         """A Python name for tensor `name`, unique in the function."""
         base = name.removeprefix(prefix).removesuffix(".cast")
@@ -140,7 +148,7 @@ class LossWriter:
     # ---- loops ------------------------------------------------------------------------------
 
     def _loop(self, loop: Loop, prefix: str) -> list[str]:
-        inits = [self._operand(k.init) for k in loop.carries]
+        inits = [self._entering(loop, k.init) for k in loop.carries]
         stacks = {self._key(s, loop): self._operand(s.outer) for s in loop.reads}
         own = f"{loop.name}."
         function = self._variable(loop.name, prefix)

@@ -52,9 +52,10 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         for use, copy in place.uses.items()
     }
     sums = {name: partition(spec) for name, spec in place.sums.items()}
+    entries = {use: [partition(spec) for spec in way] for use, way in place.entries.items()}
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
-        graph, annotated, saved_values(model), uses, sums, place.gradients, place.together,
+        graph, annotated, saved_values(model), uses, sums, entries, place.gradients, place.together,
         place.values, place.softmax,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers

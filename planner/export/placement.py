@@ -10,16 +10,18 @@ product itself: a compiler would not (seen on GPT-3: eight times the bytes of re
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from costmodels.program import ITEM_BYTES
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
-from planner.graph.core import Loop, Op, Tensor
+from planner.graph.core import Loop, Node, Op, Tensor
 from planner.graph.recompute import AGAIN, SAVED
 from planner.plan import Plan
 from planner.result import Result
+from planner.sharding.formulate import mesh_resharder
+from planner.sharding.reshard import FREE, Resharder
 from planner.sharding.spec import Spec
 
 Use = tuple[str, str]  # (name of an op, tensor that it reads)
@@ -51,10 +53,12 @@ class Placement:
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
     whose two gradients are made one right after the other. `values`: tensors of which only the
     value lies as `tensors` says, not the gradient. `softmax`: whether the gradient of softmax is
-    made of its result, as planned, by a function of the program's own."""
+    made of its result, as planned, by a function of the program's own. `entries`: where what a loop
+    carries lies on its way from where it is made to where the loop has it."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
+    entries: Mapping[Use, Sequence[Spec]] = field(default_factory=dict)  # by loop, tensor
     sums: Mapping[str, Spec] = field(default_factory=dict)
     gradients: Mapping[Use, Gradient] = field(default_factory=dict)
     together: Collection[str] = ()
@@ -87,12 +91,13 @@ def placement(result: Result) -> Placement:
             sums[op.outs[0]] = made.without_partial()
         elif gpu and gathered and _is_cast(op, tensors):
             sums[op.outs[0]] = made
-    gradients = _gradients(result)
+    resharder = mesh_resharder(result.mesh, result.model.uneven)
+    gradients = _gradients(result, resharder)
     together = _outside_loops(result) if gpu else {}
     for use, home in together.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
     return Placement(
-        specs, uses, sums, gradients, {op for op, _ in together}, _free_casts(result),
+        specs, uses, _entries(result, specs, resharder), sums, gradients, {op for op, _ in together}, _free_casts(result),
         softmax=gpu,
     )  # fmt: skip
 
@@ -109,6 +114,32 @@ def _as_saved(result: Result) -> dict[str, Spec]:
     return found
 
 
+def _entries(
+    result: Result, specs: Mapping[str, Spec], resharder: Resharder
+) -> dict[Use, Sequence[Spec]]:
+    """Where a loop's carry is resharded by several collectives on its way in, the places between
+    them. Compilers do not find those: XLA's gathers all of it on every device, and its gradient."""
+    tensors = result.graph.all_tensors()
+    found: dict[Use, Sequence[Spec]] = {}
+    for loop in _loops(result.graph.nodes):
+        for carry in loop.carries if loop.phase == "forward" else ():
+            source, target = specs.get(carry.init), specs.get(carry.entry)
+            if source is None or target is None or source.partial or target.partial:
+                continue
+            t = tensors[carry.init]
+            path = resharder.path(source, target, t.shape, ITEM_BYTES[t.dtype]) or ()
+            if sum(move.kind not in FREE for move in path) > 1:
+                found[loop.name, carry.init] = [move.result for move in path[:-1]]
+    return found
+
+
+def _loops(nodes: Iterable[Node]) -> Iterator[Loop]:
+    for node in nodes:
+        if isinstance(node, Loop):
+            yield node
+            yield from _loops(node.body.nodes)
+
+
 def only(result: Result, names: Collection[str]) -> Placement:
     """Where the arguments lie, and of the activations only the named ones: all else is the
     compiler's."""
@@ -121,10 +152,11 @@ def only(result: Result, names: Collection[str]) -> Placement:
     return Placement({name: s for name, s in result.specs.items() if name not in left_out})
 
 
-def _gradients(result: Result) -> dict[Use, Gradient]:
-    """Of products whose gradients the plan splits otherwise than the products, and leaves as sums
-    that are still to be reduced: of weights. Told so for activations, as where GLaM combines what
-    its experts made, XLA's TPU compiler gathers more than when it is left alone."""
+def _gradients(result: Result, resharder: Resharder) -> dict[Use, Gradient]:
+    """Of products whose gradients the plan splits otherwise than the products, or reduces whole to
+    cut them, where a compiler would scatter them first; and leaves as sums that are still to be
+    reduced: of weights. Told so for activations, as where GLaM combines what its experts made,
+    XLA's TPU compiler gathers more than when it is left alone."""
     plan, order = result.plan, [name for name, _ in result.mesh.axes]
     products = [
         op for op, _ in result.graph.walk()
@@ -137,16 +169,28 @@ def _gradients(result: Result) -> dict[Use, Gradient]:
             continue
         for name, other in (op.ins, op.ins[::-1]):
             makers = [b for b in back if _makes_gradient(b, name, other)]
-            if len(makers) != 1 or _split(makers[0], plan) == _split(op, plan):
+            if len(makers) != 1:
                 continue
             rule, choice = makers[0].rule, plan.choices[makers[0].name]
             made = choice.result(rule, 0, order)
-            if made.partial:
+            otherwise = _split(makers[0], plan) != _split(op, plan)
+            if made.partial and (otherwise or _cut_when_whole(makers[0], made, result, resharder)):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
                 found[op.name, name] = Gradient(
                     choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
                 )
     return found
+
+
+def _cut_when_whole(op: Op, made: Spec, result: Result, resharder: Resharder) -> bool:
+    """Whether the sums that `op` makes are reduced whole, and then cut for who reads them."""
+    readers = [o for o, _ in result.graph.walk() if op.outs[0] in o.ins]
+    if len(readers) != 1 or readers[0].name not in result.plan.choices:
+        return False
+    read = _operands(readers[0], result).get(op.outs[0])
+    t = result.graph.all_tensors()[op.outs[0]]
+    path = () if read is None else resharder.path(made, read, t.shape, ITEM_BYTES[t.dtype]) or ()
+    return {"all-reduce", "slice"} <= {move.kind for move in path}
 
 
 def _makes_gradient(op: Op, name: str, other: str) -> bool:
