@@ -13,8 +13,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from planner.export.jax_expr import partition
 from planner.export.jax_ops import OpText, reads, statements
-from planner.export.placement import Gradient
+from planner.export.placement import Copy, Gradient
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
@@ -33,7 +34,7 @@ class LossWriter:
     graph: Graph
     annotated: Collection[str]
     kept: Collection[str]
-    uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
+    uses: Mapping[tuple[str, str], Copy]  # (op, tensor) → what it reads
     sums: Mapping[str, str]  # product → its sharding where it is made
     entries: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)  # (loop, carry)
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
@@ -85,7 +86,11 @@ class LossWriter:
         kept = prefix and op.outs[0] in self.kept
         label = self.variables[op.outs[0]] if own and kept else None
         together = op.name in self.together
-        text = OpText(op, names, targets, ins, outs, given, together, own, label)
+        plain = [self._operand(n) if j in read else "" for j, n in enumerate(op.ins)]
+        copies = [self.uses.get((op.name, n)) for n in op.ins]
+        text = OpText(
+            op, names, targets, ins, outs, plain, copies, given, together, own, label
+        )  # fmt: skip
         for a in statements(text):
             code = a.code
             self.helpers |= {h for h in ("product", "softmax") if code.startswith(f"{h}(")}
@@ -99,6 +104,11 @@ class LossWriter:
                     # Said of the saved value, too: else it may be saved as its readers want it.
                     code = f'shard({code}, "{named[0]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
+            if len(named) > 1:
+                lines += [
+                    f"{targets[i]} = {self._placed(op.outs[i], targets[i])}"
+                    for i in a.outs if op.outs[i] in self.annotated
+                ]  # fmt: skip
         return lines
 
     def _placed(self, name: str, code: str) -> str:
@@ -111,8 +121,10 @@ class LossWriter:
 
     def _read(self, op: Op, j: int) -> str:
         code = self._operand(op.ins[j])
-        use = self.uses.get((op.name, op.ins[j]))
-        return code if use is None else use.format(code)
+        copy = self.uses.get((op.name, op.ins[j]))
+        if copy is None:
+            return code
+        return f"{'shard' if copy.bound else 'copy'}({code}, {partition(copy.spec)})"
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""

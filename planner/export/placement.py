@@ -10,6 +10,7 @@ product itself: a compiler would not (seen on GPT-3: eight times the bytes of re
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -96,9 +97,10 @@ def placement(result: Result) -> Placement:
     together = _outside_loops(result) if gpu else {}
     for use, home in together.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
+    values = _free_casts(result) | _free_operands(result, specs, gradients)
     return Placement(
-        specs, uses, _entries(result, specs, resharder), sums, gradients, {op for op, _ in together}, _free_casts(result),
-        softmax=gpu,
+        specs, uses, _entries(result, specs, resharder), sums, gradients,
+        {op for op, _ in together}, values, softmax=gpu,
     )  # fmt: skip
 
 
@@ -154,9 +156,7 @@ def only(result: Result, names: Collection[str]) -> Placement:
 
 def _gradients(result: Result, resharder: Resharder) -> dict[Use, Gradient]:
     """Of products whose gradients the plan splits otherwise than the products, or reduces whole to
-    cut them, where a compiler would scatter them first; and leaves as sums that are still to be
-    reduced: of weights. Told so for activations, as where GLaM combines what its experts made,
-    XLA's TPU compiler gathers more than when it is left alone."""
+    cut them, where a compiler would scatter them first."""
     plan, order = result.plan, [name for name, _ in result.mesh.axes]
     products = [
         op for op, _ in result.graph.walk()
@@ -174,12 +174,27 @@ def _gradients(result: Result, resharder: Resharder) -> dict[Use, Gradient]:
             rule, choice = makers[0].rule, plan.choices[makers[0].name]
             made = choice.result(rule, 0, order)
             otherwise = _split(makers[0], plan) != _split(op, plan)
-            if made.partial and (otherwise or _cut_when_whole(makers[0], made, result, resharder)):
+            if otherwise or _cut_when_whole(makers[0], made, result, resharder):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
                 found[op.name, name] = Gradient(
                     choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
                 )
     return found
+
+
+def _free_operands(
+    result: Result, specs: Mapping[str, Spec], gradients: Mapping[Use, Gradient]
+) -> set[str]:
+    """What only one product reads, and whose gradient has axes there that the tensor lacks: to
+    make it lie like the tensor would gather it."""
+    forward = [op for op, _ in result.graph.walk() if op.phase == "forward"]
+    readers = Counter(name for op in forward for name in op.ins)
+    made = {op.outs[0] for op in forward}
+    return {
+        name for (_, name), gradient in gradients.items()
+        if gradient.made is not None and readers[name] == 1 and name in made and name in specs
+        and not set(gradient.made.axes) <= set(specs[name].axes)
+    }  # fmt: skip
 
 
 def _cut_when_whole(op: Op, made: Spec, result: Result, resharder: Resharder) -> bool:
