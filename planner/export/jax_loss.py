@@ -34,9 +34,8 @@ class LossWriter:
     graph: Graph
     annotated: Collection[str]
     kept: Collection[str]
-    uses: Mapping[tuple[str, str], Copy]  # (op, tensor) → what it reads
+    uses: Mapping[tuple[str, str], Copy]  # (op or loop, tensor) → what it reads or carries
     sums: Mapping[str, str]  # product → its sharding where it is made
-    entries: Mapping[tuple[str, str], Sequence[str]] = field(default_factory=dict)  # (loop, carry)
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
     together: Collection[str] = ()  # products whose gradients are made one after the other
     values: Collection[str] = ()  # tensors whose gradients do not lie as they do
@@ -79,7 +78,7 @@ class LossWriter:
         outs = [self.tensors[n] for n in op.outs]
         targets = [self._variable(n, prefix) for n in op.outs]
         read = reads(op)
-        names = [self._read(op, j) if j in read else "" for j in range(len(op.ins))]
+        names = [self._read(op.name, op.ins[j]) if j in read else "" for j in range(len(op.ins))]
         lines = []
         given = [self.gradients.get((op.name, name)) for name in op.ins]
         own = self.own_softmax and op.attrs.get("vjp") == "softmax"
@@ -119,25 +118,20 @@ class LossWriter:
             return code
         return f'{"copy" if name in self.values else "shard"}({code}, "{name}")'
 
-    def _read(self, op: Op, j: int) -> str:
-        code = self._operand(op.ins[j])
-        copy = self.uses.get((op.name, op.ins[j]))
+    def _read(self, node: str, name: str) -> str:
+        """A tensor as an op or a loop has it."""
+        code, copy = self._operand(name), self.uses.get((node, name))
         if copy is None:
             return code
-        return f"{'shard' if copy.bound else 'copy'}({code}, {partition(copy.spec)})"
+        for spec in (*copy.way, copy.spec):
+            code = f"{'shard' if copy.bound else 'copy'}({code}, {partition(spec)})"
+        return code
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""
         parameter = self.parameter_of.get(name)
         code = self.variables[name]
         return f'shard({code}, "{parameter}")' if parameter in self.annotated else code
-
-    def _entering(self, loop: Loop, name: str) -> str:
-        """What a loop carries, on its way in, so that its gradient takes the same way back."""
-        code = self._operand(name)
-        for where in self.entries.get((loop.name, name), ()):
-            code = f"shard({code}, {where})"
-        return code
 
     def _variable(self, name: str, prefix: str) -> str:
         """A Python name for tensor `name`, unique in the function."""
@@ -160,7 +154,7 @@ class LossWriter:
     # ---- loops ------------------------------------------------------------------------------
 
     def _loop(self, loop: Loop, prefix: str) -> list[str]:
-        inits = [self._entering(loop, k.init) for k in loop.carries]
+        inits = [self._read(loop.name, k.init) for k in loop.carries]
         stacks = {self._key(s, loop): self._operand(s.outer) for s in loop.reads}
         own = f"{loop.name}."
         function = self._variable(loop.name, prefix)

@@ -48,10 +48,9 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place)
     sums = {name: partition(spec) for name, spec in place.sums.items()}
-    entries = {use: [partition(spec) for spec in way] for use, way in place.entries.items()}
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
-        graph, annotated, saved_values(model), place.uses, sums, entries, place.gradients, place.together,
+        graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
         place.values, place.softmax,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers

@@ -22,18 +22,20 @@ from planner.graph.recompute import AGAIN, SAVED
 from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.formulate import mesh_resharder
-from planner.sharding.reshard import FREE, Resharder
+from planner.sharding.reshard import FREE, Move
 from planner.sharding.spec import Spec
 
-Use = tuple[str, str]  # (name of an op, tensor that it reads)
+Use = tuple[str, str]  # (name of an op or a loop, tensor that it reads or carries)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor as one op reads it. `bound`: the gradient of the copy lies like the copy."""
+    """A tensor as one op reads it. `bound`: the gradient of the copy lies like the copy. `way`:
+    places that it passes, one collective after the other; so does its gradient, if it is bound."""
 
     spec: Spec
     bound: bool = False
+    way: Sequence[Spec] = ()
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,10 @@ class Placement:
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
     whose two gradients are made one right after the other. `values`: tensors of which only the
     value lies as `tensors` says, not the gradient. `softmax`: whether the gradient of softmax is
-    made of its result, as planned, by a function of the program's own. `entries`: where what a loop
-    carries lies on its way from where it is made to where the loop has it."""
+    made of its result, as planned, by a function of the program's own."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
-    entries: Mapping[Use, Sequence[Spec]] = field(default_factory=dict)  # by loop, tensor
     sums: Mapping[str, Spec] = field(default_factory=dict)
     gradients: Mapping[Use, Gradient] = field(default_factory=dict)
     together: Collection[str] = ()
@@ -70,7 +70,8 @@ class Placement:
 def placement(result: Result) -> Placement:
     """The plan's placement. What is saved for the backward pass lies as it is saved."""
     specs = {**result.specs, **_as_saved(result)}
-    uses: dict[Use, Copy] = {}
+    ways = _Ways(result)
+    uses = _entries(result, specs, ways)
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
     tensors = result.graph.all_tensors()
@@ -80,28 +81,27 @@ def placement(result: Result) -> Placement:
         if op.phase != "forward" or choice is None:
             continue
         operands = _operands(op, result)
-        if op.attrs.get("onehot"):  # compilers have better ways than gathering the table
-            operands.pop(op.ins[0], None)
         for name, spec in operands.items():
             home = specs.get(name)
-            if home is not None and not spec.partial and spec != home:
-                uses[op.name, name] = Copy(spec, _bound(home, spec))
+            if home is None or spec.partial or spec == home:
+                continue
+            if op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
+                continue  # compilers have better ways than gathering the table
+            uses[op.name, name] = Copy(spec, _bound(home, spec), ways.between(name, home, spec))
         made = choice.result(op.rule, 0, order)
         gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
         elif gpu and gathered and _is_cast(op, tensors):
             sums[op.outs[0]] = made
-    resharder = mesh_resharder(result.mesh, result.model.uneven)
-    gradients = _gradients(result, resharder)
+    gradients = _gradients(result, ways)
     together = _outside_loops(result) if gpu else {}
     for use, home in together.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
     values = _free_casts(result) | _free_operands(result, specs, gradients)
     return Placement(
-        specs, uses, _entries(result, specs, resharder), sums, gradients,
-        {op for op, _ in together}, values, softmax=gpu,
-    )  # fmt: skip
+        specs, uses, sums, gradients, {op for op, _ in together}, values, softmax=gpu,
+    )
 
 
 def _as_saved(result: Result) -> dict[str, Spec]:
@@ -116,22 +116,35 @@ def _as_saved(result: Result) -> dict[str, Spec]:
     return found
 
 
-def _entries(
-    result: Result, specs: Mapping[str, Spec], resharder: Resharder
-) -> dict[Use, Sequence[Spec]]:
-    """Where a loop's carry is resharded by several collectives on its way in, the places between
-    them. Compilers do not find those: XLA's gathers all of it on every device, and its gradient."""
-    tensors = result.graph.all_tensors()
-    found: dict[Use, Sequence[Spec]] = {}
+class _Ways:
+    """By which collectives the plan goes from one place of a tensor to another."""
+
+    def __init__(self, result: Result) -> None:
+        self.tensors = result.graph.all_tensors()
+        self.resharder = mesh_resharder(result.mesh, result.model.uneven)
+
+    def path(self, name: str, source: Spec, target: Spec) -> Sequence[Move]:
+        t = self.tensors[name]
+        return self.resharder.path(source, target, t.shape, ITEM_BYTES[t.dtype]) or ()
+
+    def between(self, name: str, source: Spec, target: Spec) -> Sequence[Spec]:
+        """The places between, where several collectives follow each other. Compilers do not find
+        those: XLA's gathers all of the tensor on every device, and its gradient."""
+        path = self.path(name, source, target)
+        several = sum(move.kind not in FREE for move in path) > 1
+        return tuple(move.result for move in path[:-1]) if several else ()
+
+
+def _entries(result: Result, specs: Mapping[str, Spec], ways: _Ways) -> dict[Use, Copy]:
+    """Carries of loops that take several collectives to get there."""
+    found: dict[Use, Copy] = {}
     for loop in _loops(result.graph.nodes):
         for carry in loop.carries if loop.phase == "forward" else ():
             source, target = specs.get(carry.init), specs.get(carry.entry)
             if source is None or target is None or source.partial or target.partial:
                 continue
-            t = tensors[carry.init]
-            path = resharder.path(source, target, t.shape, ITEM_BYTES[t.dtype]) or ()
-            if sum(move.kind not in FREE for move in path) > 1:
-                found[loop.name, carry.init] = [move.result for move in path[:-1]]
+            if way := ways.between(carry.init, source, target):
+                found[loop.name, carry.init] = Copy(target, True, way)
     return found
 
 
@@ -154,7 +167,7 @@ def only(result: Result, names: Collection[str]) -> Placement:
     return Placement({name: s for name, s in result.specs.items() if name not in left_out})
 
 
-def _gradients(result: Result, resharder: Resharder) -> dict[Use, Gradient]:
+def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
     """Of products whose gradients the plan splits otherwise than the products, or reduces whole to
     cut them, where a compiler would scatter them first."""
     plan, order = result.plan, [name for name, _ in result.mesh.axes]
@@ -174,7 +187,7 @@ def _gradients(result: Result, resharder: Resharder) -> dict[Use, Gradient]:
             rule, choice = makers[0].rule, plan.choices[makers[0].name]
             made = choice.result(rule, 0, order)
             otherwise = _split(makers[0], plan) != _split(op, plan)
-            if otherwise or _cut_when_whole(makers[0], made, result, resharder):
+            if otherwise or _cut_when_whole(makers[0], made, result, ways):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
                 found[op.name, name] = Gradient(
                     choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
@@ -197,14 +210,13 @@ def _free_operands(
     }  # fmt: skip
 
 
-def _cut_when_whole(op: Op, made: Spec, result: Result, resharder: Resharder) -> bool:
+def _cut_when_whole(op: Op, made: Spec, result: Result, ways: _Ways) -> bool:
     """Whether the sums that `op` makes are reduced whole, and then cut for who reads them."""
     readers = [o for o, _ in result.graph.walk() if op.outs[0] in o.ins]
     if len(readers) != 1 or readers[0].name not in result.plan.choices:
         return False
     read = _operands(readers[0], result).get(op.outs[0])
-    t = result.graph.all_tensors()[op.outs[0]]
-    path = () if read is None else resharder.path(made, read, t.shape, ITEM_BYTES[t.dtype]) or ()
+    path = () if read is None else ways.path(op.outs[0], made, read)
     return {"all-reduce", "slice"} <= {move.kind for move in path}
 
 
@@ -284,7 +296,12 @@ def _bound(home: Spec, copy: Spec) -> bool:
     where the tensor lies. It must be told where nothing is gathered, or else it makes the product
     read another copy, and where a dimension stays split by another axis: then it gathers all of it.
     """
-    if set(home.axes) <= set(copy.axes):
+    if _keeps(home, copy):
         return True
     both = zip(home.dims, copy.dims, strict=True)
     return any(rest and len(rest) < len(axes) and set(rest) < set(axes) for axes, rest in both)
+
+
+def _keeps(home: Spec, copy: Spec) -> bool:
+    """Whether no axis is gathered."""
+    return set(home.axes) <= set(copy.axes)
