@@ -17,6 +17,7 @@ from planner.export.jax_expr import partition
 from planner.export.jax_ops import OpText, reads, statements
 from planner.export.placement import Copy, Gradient
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
+from planner.sharding.spec import Spec
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
@@ -38,7 +39,7 @@ class LossWriter:
     sums: Mapping[str, str]  # product → its sharding where it is made
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
     together: Collection[str] = ()  # products whose gradients are made one after the other
-    values: Collection[str] = ()  # tensors whose gradients do not lie as they do
+    apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
     own_softmax: bool = False
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -116,7 +117,10 @@ class LossWriter:
             code = f"shard({code}, {self.sums[name]})"
         if name not in self.annotated:
             return code
-        return f'{"copy" if name in self.values else "shard"}({code}, "{name}")'
+        if name not in self.apart:
+            return f'shard({code}, "{name}")'
+        gradient = self.apart[name]
+        return f'copy({code}, "{name}"{"" if gradient is None else f", {partition(gradient)}"})'
 
     def _read(self, node: str, name: str) -> str:
         """A tensor as an op or a loop has it."""

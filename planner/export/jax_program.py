@@ -51,7 +51,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
         graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
-        place.values, place.softmax,
+        place.apart, place.softmax,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers
     parts = [
@@ -258,9 +258,12 @@ def annotate(x, where, mesh=None):
     return x if mesh is None else lax.with_sharding_constraint(x, _sharding(x, where, mesh))
 
 
-def annotate_value(x, where, mesh=None):
-    """x sharded as in `annotate`; where its gradient lies is left to the compiler."""
-    return x if mesh is None else _copy(x, _sharding(x, where, mesh))
+def annotate_value(x, where, gradient=None, mesh=None):
+    """x sharded as in `annotate`; its gradient as `gradient` says, None is left to the compiler."""
+    if mesh is None:
+        return x
+    gradient = None if gradient is None else NamedSharding(mesh, gradient)
+    return _copy(x, _sharding(x, where, mesh), gradient)
 
 
 def _sharding(x, where, mesh):
@@ -271,12 +274,16 @@ def _sharding(x, where, mesh):
     return NamedSharding(mesh, P(*spec[len(spec) - x.ndim :]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _copy(x, sharding):
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copy(x, sharding, gradient):
     return lax.with_sharding_constraint(x, sharding)
 
 
-_copy.defvjp(lambda x, sharding: (_copy(x, sharding), None), lambda sharding, _, g: (g,))
+def _copy_gradient(sharding, gradient, _, g):
+    return (g if gradient is None else lax.with_sharding_constraint(g, gradient),)
+
+
+_copy.defvjp(lambda x, *where: (_copy(x, *where), None), _copy_gradient)
 '''
 
 _SOFTMAX = '''

@@ -10,7 +10,6 @@ product itself: a compiler would not (seen on GPT-3: eight times the bytes of re
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -54,16 +53,16 @@ class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
     instead, if its operand is resharded for it. `sums`: products that leave unreduced sums, and
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
-    whose two gradients are made one right after the other. `values`: tensors of which only the
-    value lies as `tensors` says, not the gradient. `softmax`: whether the gradient of softmax is
-    made of its result, as planned, by a function of the program's own."""
+    whose two gradients are made one right after the other. `apart`: tensors whose gradients do not
+    lie as they do, and where these lie, or None where that is left open. `softmax`: whether the
+    gradient of softmax is made of its result, as planned, by a function of the program's own."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
     sums: Mapping[str, Spec] = field(default_factory=dict)
     gradients: Mapping[Use, Gradient] = field(default_factory=dict)
     together: Collection[str] = ()
-    values: Collection[str] = ()
+    apart: Mapping[str, Spec | None] = field(default_factory=dict)
     softmax: bool = False
 
 
@@ -98,9 +97,9 @@ def placement(result: Result) -> Placement:
     together = _outside_loops(result) if gpu else {}
     for use, home in together.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
-    values = _free_casts(result) | _free_operands(result, specs, gradients)
+    apart = {**_apart(result, specs, tensors), **dict.fromkeys(_free_casts(result))}
     return Placement(
-        specs, uses, sums, gradients, {op for op, _ in together}, values, softmax=gpu,
+        specs, uses, sums, gradients, {op for op, _ in together}, apart, softmax=gpu,
     )
 
 
@@ -195,19 +194,26 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
     return found
 
 
-def _free_operands(
-    result: Result, specs: Mapping[str, Spec], gradients: Mapping[Use, Gradient]
-) -> set[str]:
-    """What only one product reads, and whose gradient has axes there that the tensor lacks: to
-    make it lie like the tensor would gather it."""
-    forward = [op for op, _ in result.graph.walk() if op.phase == "forward"]
-    readers = Counter(name for op in forward for name in op.ins)
-    made = {op.outs[0] for op in forward}
-    return {
-        name for (_, name), gradient in gradients.items()
-        if gradient.made is not None and readers[name] == 1 and name in made and name in specs
-        and not set(gradient.made.axes) <= set(specs[name].axes)
-    }  # fmt: skip
+def _apart(
+    result: Result, specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]
+) -> dict[str, Spec]:
+    """Activations whose gradients are made with axes that they lack, and where these lie: bound to
+    lie like the activation, they would be gathered."""
+    order = [name for name, _ in result.mesh.axes]
+    terms: dict[str, list[Op]] = {}
+    for op, _ in result.graph.walk():
+        named = re.fullmatch(r"(.*)\.grad(_\d+)?", op.outs[0])
+        if op.phase == "backward" and named is not None and op.name in result.plan.choices:
+            terms.setdefault(named[1], []).append(op)
+    found = {}
+    for name, ops in terms.items():
+        *summed, last = ops
+        if name not in specs or name not in tensors or tensors[name].role != "activation":
+            continue
+        made = result.plan.choices[last.name].result(last.rule, 0, order)
+        if {op.outs[0] for op in summed} <= {*last.ins} and not _keeps(made, specs[name]):
+            found[name] = made.without_partial()
+    return found
 
 
 def _cut_when_whole(op: Op, made: Spec, result: Result, ways: _Ways) -> bool:
