@@ -338,7 +338,9 @@ class Planning:
         if not self.follows:
             return
         exposure = Exposure()
-        last = min(seen, key=lambda c: c.seconds)
+        # A plan that paid for all it moves has not shown how the rest would be hidden.
+        hiding = [c for c, weights in zip(seen, GUESSES, strict=True) if weights != PLAIN]
+        last = min(hiding, key=lambda c: c.seconds)
         guessed = self.counts(GUESSES[0])
         for n in range(ROUNDS):
             times = [c.seconds for c in seen]
