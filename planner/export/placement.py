@@ -1,10 +1,11 @@
 """Where a plan puts what a generated program can name: tensors, copies that ops read, sums.
 
-Read off a Result; how it is written is in `jax_program.py`. Where gradients lie is not named: JAX
-shards an activation's gradient like the activation, and asking for something else, or leaving it
-open, makes the compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder).
-How a product's gradient is made is named where the plan splits that product otherwise than the
-product itself: a compiler would not (seen on GPT-3: eight times the bytes of reduce-scatters).
+Read off a Result; how it is written is in `jax_program.py`. Where gradients lie is named only where
+it has to be: JAX shards an activation's gradient like the activation, and leaving it open makes the
+compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder). Named are the
+gradients that would be gathered to lie like their activation, and how a product's gradient is made
+where the plan splits that product otherwise than the product itself: a compiler would not (seen on
+GPT-3: eight times the bytes of reduce-scatters).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from costmodels.collectives import collective_seconds
 from costmodels.program import Buffer, Collective, Program, Step
-from planner.sharding.reshard import FREE, Move, Resharder, payload_elements
+from planner.sharding.reshard import FREE, Move, Resharder, SpecGraph, payload_elements
 from planner.sharding.spec import Spec, all_specs
 from planner.values.interpret import Interpreter, Shards, shard, unshard
 
@@ -154,6 +154,18 @@ def test_what_stays_is_not_moved(count: int, shape: tuple[int, ...], seed: int) 
     for move in resharder.path(source, target, shape, 4) or ():
         if move.kind not in (*FREE, "collective-permute"):
             assert not {*move.axes} & (staying | unused), move
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (12, 8), (2, 4, 8), (7, 9)])
+def test_every_spec_can_be_reached(shape: tuple[int, ...], uneven: bool) -> None:
+    """What no path may do leaves a path between any two specs that the tensor has."""
+    sizes = {"x": 4, "y": 2, "z": 2}
+    graph = SpecGraph(len(shape), sizes, uneven)
+    specs = [s for s in graph.specs if s.fits(shape, sizes, uneven)]
+    assert len(specs) > 4
+    seconds = Resharder(sizes, cheap_together, uneven).matrix(specs, specs, shape, 4)
+    assert np.isfinite(seconds).all()
 
 
 def test_no_detour_over_more_axes() -> None:
