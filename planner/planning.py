@@ -353,7 +353,12 @@ class Planning:
         if not self.follows:
             return
         exposure = Exposure()
-        exposure.see(joined.exposed if joined else self.exposed(fastest(seen)))
+        if joined:
+            exposure.see(joined.exposed)
+        else:
+            # A plan that paid for all it moves has not shown how the rest would be hidden.
+            hiding = [c for c, weights in zip(seen, GUESSES, strict=True) if weights != PLAIN]
+            exposure.see(self.exposed(fastest(hiding)))
         guessed = self.counts(GUESSES[0])
         for n in range(ROUNDS):
             yield exposure.counts(self.flow.conversions, guessed)

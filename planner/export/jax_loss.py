@@ -13,9 +13,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from planner.export.jax_expr import partition
 from planner.export.jax_ops import OpText, reads, statements
-from planner.export.placement import Gradient
+from planner.export.placement import Copy, Gradient
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
+from planner.sharding.spec import Spec
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 _RESERVED = {
@@ -33,11 +35,11 @@ class LossWriter:
     graph: Graph
     annotated: Collection[str]
     kept: Collection[str]
-    uses: Mapping[tuple[str, str], str]  # (op, tensor) → the call that makes what it reads
+    uses: Mapping[tuple[str, str], Copy]  # (op or loop, tensor) → what it reads or carries
     sums: Mapping[str, str]  # product → its sharding where it is made
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
     together: Collection[str] = ()  # products whose gradients are made one after the other
-    values: Collection[str] = ()  # tensors whose gradients do not lie as they do
+    apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
     own_softmax: bool = False
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
@@ -77,14 +79,18 @@ class LossWriter:
         outs = [self.tensors[n] for n in op.outs]
         targets = [self._variable(n, prefix) for n in op.outs]
         read = reads(op)
-        names = [self._read(op, j) if j in read else "" for j in range(len(op.ins))]
+        names = [self._read(op.name, op.ins[j]) if j in read else "" for j in range(len(op.ins))]
         lines = []
         given = [self.gradients.get((op.name, name)) for name in op.ins]
         own = self.own_softmax and op.attrs.get("vjp") == "softmax"
         kept = prefix and op.outs[0] in self.kept
         label = self.variables[op.outs[0]] if own and kept else None
         together = op.name in self.together
-        text = OpText(op, names, targets, ins, outs, given, together, own, label)
+        plain = [self._operand(n) if j in read else "" for j, n in enumerate(op.ins)]
+        copies = [self.uses.get((op.name, n)) for n in op.ins]
+        text = OpText(
+            op, names, targets, ins, outs, plain, copies, given, together, own, label
+        )  # fmt: skip
         for a in statements(text):
             code = a.code
             self.helpers |= {h for h in ("product", "softmax") if code.startswith(f"{h}(")}
@@ -98,6 +104,11 @@ class LossWriter:
                     # Said of the saved value, too: else it may be saved as its readers want it.
                     code = f'shard({code}, "{named[0]}")'
             lines += wrapped(f"{', '.join(targets[i] for i in a.outs)} = {code}")
+            if len(named) > 1:
+                lines += [
+                    f"{targets[i]} = {self._placed(op.outs[i], targets[i])}"
+                    for i in a.outs if op.outs[i] in self.annotated
+                ]  # fmt: skip
         return lines
 
     def _placed(self, name: str, code: str) -> str:
@@ -106,12 +117,19 @@ class LossWriter:
             code = f"shard({code}, {self.sums[name]})"
         if name not in self.annotated:
             return code
-        return f'{"copy" if name in self.values else "shard"}({code}, "{name}")'
+        if name not in self.apart:
+            return f'shard({code}, "{name}")'
+        gradient = self.apart[name]
+        return f'copy({code}, "{name}"{"" if gradient is None else f", {partition(gradient)}"})'
 
-    def _read(self, op: Op, j: int) -> str:
-        code = self._operand(op.ins[j])
-        use = self.uses.get((op.name, op.ins[j]))
-        return code if use is None else use.format(code)
+    def _read(self, node: str, name: str) -> str:
+        """A tensor as an op or a loop has it."""
+        code, copy = self._operand(name), self.uses.get((node, name))
+        if copy is None:
+            return code
+        for spec in (*copy.way, copy.spec):
+            code = f"{'shard' if copy.bound else 'copy'}({code}, {partition(spec)})"
+        return code
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""
@@ -140,7 +158,7 @@ class LossWriter:
     # ---- loops ------------------------------------------------------------------------------
 
     def _loop(self, loop: Loop, prefix: str) -> list[str]:
-        inits = [self._operand(k.init) for k in loop.carries]
+        inits = [self._read(loop.name, k.init) for k in loop.carries]
         stacks = {self._key(s, loop): self._operand(s.outer) for s in loop.reads}
         own = f"{loop.name}."
         function = self._variable(loop.name, prefix)

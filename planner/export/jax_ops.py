@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from math import prod
 
 from planner.export.jax_expr import JNP_DTYPES, WEAK, Writer, number, partition
-from planner.export.placement import Gradient
+from planner.export.placement import Copy, Gradient
 from planner.graph import expr as ex
 from planner.graph.core import Dims, Op, Tensor
 from planner.graph.layers import MASKED
@@ -35,7 +35,8 @@ class Assignment:
 class OpText:
     """An op with the tensors around it and the variables that hold its operands and results.
 
-    `gradients`: of a product's operands, how they are made; `together`: one after the other.
+    `gradients`: of a product's operands, how they are made; `together`: one after the other. Such
+    a product takes its operands as they lie (`plain`) and reads `copies` of them.
     `own_softmax`: by the program's own function, which saves its result as `label`."""
 
     op: Op
@@ -43,6 +44,8 @@ class OpText:
     targets: Sequence[str]
     ins: Sequence[Tensor]
     outs: Sequence[Tensor]
+    plain: Sequence[str] = ()
+    copies: Sequence[Copy | None] = ()
     gradients: Sequence[Gradient | None] = ()
     together: bool = False
     own_softmax: bool = False
@@ -100,35 +103,41 @@ def _einsum(t: OpText, e: ex.Expr, k: int) -> str | None:
     dtypes = {t.ins[j].dtype for j in used}
     wide = t.outs[k].dtype
     prefer = "" if dtypes == {wide} else f", preferred_element_type={JNP_DTYPES[wide]}"
+    own = len(used) == 2 and not prefer and (any(t.gradients) or t.together)
     arrays = ", ".join(
-        _transposed(t.names[j], [d[0] for d in rule.ins[j]], order)
+        _transposed((t.plain if own else t.names)[j], [d[0] for d in rule.ins[j]], order)
         for j, order in zip(used, orders, strict=True)
     )
     code = f'jnp.einsum("{spec}", {arrays}{prefer})'
-    if len(used) == 2 and not prefer and (any(t.gradients) or t.together):
+    if own:
         code = f'product("{spec}", {arrays}, {_back(t, used, orders)})'
     scale = constant_of(e)
     return code if scale == 1 else f"{code} * {number(scale)}"
 
 
 def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> str:
-    """How the gradients of a product of two operands are made, as arguments of `product`."""
-    rows = []
+    """How the operands of a product are read and their gradients made, as arguments of
+    `product`."""
+    rows, read = [], []
     for k, j in enumerate(used):
-        given = t.gradients[j]
+        given, copy = t.gradients[j], t.copies[j]
         other = used[1 - k]
-        if given is None:
-            rows.append("None")
-            continue
         mine = _reordered(t.op.rule.ins[j], orders[k])
         others = _reordered(t.op.rule.ins[other], orders[1 - k])
+        read.append(_place(None if copy is None else copy.spec, mine))
+        if given is None:
+            bound = copy is not None and copy.bound
+            rows.append(f"(None, None, {read[-1]})" if bound else "None")
+            continue
         places = [
             _place(given.cotangent, range(len(t.outs[0].shape))), _place(given.other, others),
             *(_place(spec, mine) for spec in (given.made, given.home) if spec is not None),
         ]  # fmt: skip
         rows.append(f"({', '.join(places)})")
-    gradients = f"({', '.join(rows)})"
-    return f"{gradients}, together=True" if t.together else gradients
+    code = f"({', '.join(rows)})"
+    if any(t.copies[j] for j in used):
+        code += f", reads=({', '.join(read)})"
+    return f"{code}, together=True" if t.together else code
 
 
 def _place(spec: Spec | None, order: Sequence[int]) -> str:

@@ -47,15 +47,11 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         )
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place)
-    uses = {
-        use: f"{'shard' if copy.bound else 'copy'}({{}}, {partition(copy.spec)})"
-        for use, copy in place.uses.items()
-    }
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
-        graph, annotated, saved_values(model), uses, sums, place.gradients, place.together,
-        place.values, place.softmax,
+        graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
+        place.apart, place.softmax,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers
     parts = [
@@ -262,9 +258,12 @@ def annotate(x, where, mesh=None):
     return x if mesh is None else lax.with_sharding_constraint(x, _sharding(x, where, mesh))
 
 
-def annotate_value(x, where, mesh=None):
-    """x sharded as in `annotate`; where its gradient lies is left to the compiler."""
-    return x if mesh is None else _copy(x, _sharding(x, where, mesh))
+def annotate_value(x, where, gradient=None, mesh=None):
+    """x sharded as in `annotate`; its gradient as `gradient` says, None is left to the compiler."""
+    if mesh is None:
+        return x
+    gradient = None if gradient is None else NamedSharding(mesh, gradient)
+    return _copy(x, _sharding(x, where, mesh), gradient)
 
 
 def _sharding(x, where, mesh):
@@ -275,12 +274,16 @@ def _sharding(x, where, mesh):
     return NamedSharding(mesh, P(*spec[len(spec) - x.ndim :]))
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _copy(x, sharding):
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _copy(x, sharding, gradient):
     return lax.with_sharding_constraint(x, sharding)
 
 
-_copy.defvjp(lambda x, sharding: (_copy(x, sharding), None), lambda sharding, _, g: (g,))
+def _copy_gradient(sharding, gradient, _, g):
+    return (g if gradient is None else lax.with_sharding_constraint(g, gradient),)
+
+
+_copy.defvjp(lambda x, *where: (_copy(x, *where), None), _copy_gradient)
 '''
 
 _SOFTMAX = '''
@@ -310,32 +313,38 @@ softmax.defvjp(_softmax_forward, _softmax_gradient)
 '''
 
 _PRODUCT = '''
-def placed_product(spec, a, b, gradients=(None, None), together=False, mesh=None):
+def placed_product(
+    spec, a, b, gradients=(None, None), reads=(None, None), together=False, mesh=None
+):
     """jnp.einsum(spec, a, b), with gradients that are made as `gradients` says.
 
     For either operand None, or: where the result's gradient and the other operand are read, and
     where the product of the two lies, one place after the other. What is None is the compiler's.
-    With `together` nothing of the backward pass comes between the two gradients.
+    `reads`: where the product itself reads its operands. With `together` nothing of the backward
+    pass comes between the two gradients.
     """
     if mesh is None:
         return jnp.einsum(spec, a, b)
-    return _placed_product(spec, gradients, together, mesh, a, b)
+    return _placed_product(spec, gradients, reads, together, mesh, a, b)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _placed_product(spec, gradients, together, mesh, a, b):
-    return jnp.einsum(spec, a, b)
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _placed_product(spec, gradients, reads, together, mesh, a, b):
+    return jnp.einsum(spec, _placed(a, reads[0], mesh), _placed(b, reads[1], mesh))
 
 
-def _product_gradients(spec, gradients, together, mesh, operands, g):
+def _placed(x, where, mesh):
+    return x if where is None else annotate(x, where, mesh)
+
+
+def _product_gradients(spec, gradients, reads, together, mesh, operands, g):
     found = []
     for k, where in enumerate(gradients):
         cotangent, other, *places = where or (None, None)
-        cotangent = g if cotangent is None else annotate(g, cotangent, mesh)
-        other = operands[1 - k] if other is None else annotate(operands[1 - k], other, mesh)
+        other = _placed(operands[1 - k], other or reads[1 - k], mesh)
         order = (lambda x: (x, other)) if k == 0 else (lambda x: (other, x))
         product = lambda x: jnp.einsum(spec, *order(x))
-        (made,) = jax.linear_transpose(product, operands[k])(cotangent)
+        (made,) = jax.linear_transpose(product, operands[k])(_placed(g, cotangent, mesh))
         for place in places:
             made = annotate(made, place, mesh)
         found.append(made)
@@ -343,8 +352,7 @@ def _product_gradients(spec, gradients, together, mesh, operands, g):
 
 
 _placed_product.defvjp(
-    lambda spec, gradients, together, mesh, a, b: (jnp.einsum(spec, a, b), (a, b)),
-    _product_gradients,
+    lambda *where: (_placed_product(*where), where[-2:]), _product_gradients
 )
 '''
 

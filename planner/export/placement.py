@@ -1,36 +1,41 @@
 """Where a plan puts what a generated program can name: tensors, copies that ops read, sums.
 
-Read off a Result; how it is written is in `jax_program.py`. Where gradients lie is not named: JAX
-shards an activation's gradient like the activation, and asking for something else, or leaving it
-open, makes the compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder).
-How a product's gradient is made is named where the plan splits that product otherwise than the
-product itself: a compiler would not (seen on GPT-3: eight times the bytes of reduce-scatters).
+Read off a Result; how it is written is in `jax_program.py`. Where gradients lie is named only where
+it has to be: JAX shards an activation's gradient like the activation, and leaving it open makes the
+compiler replicate whole batches or tables (seen on a 480B encoder, a 137B decoder). Named are the
+gradients that would be gathered to lie like their activation, and how a product's gradient is made
+where the plan splits that product otherwise than the product itself: a compiler would not (seen on
+GPT-3: eight times the bytes of reduce-scatters).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from costmodels.program import ITEM_BYTES
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
-from planner.graph.core import Loop, Op, Tensor
+from planner.graph.core import Loop, Node, Op, Tensor
 from planner.graph.recompute import AGAIN, SAVED
 from planner.plan import Plan
 from planner.result import Result
+from planner.sharding.formulate import mesh_resharder
+from planner.sharding.reshard import FREE, Move
 from planner.sharding.spec import Spec
 
-Use = tuple[str, str]  # (name of an op, tensor that it reads)
+Use = tuple[str, str]  # (name of an op or a loop, tensor that it reads or carries)
 
 
 @dataclass(frozen=True)
 class Copy:
-    """A tensor as one op reads it. `bound`: the gradient of the copy lies like the copy."""
+    """A tensor as one op reads it. `bound`: the gradient of the copy lies like the copy. `way`:
+    places that it passes, one collective after the other; so does its gradient, if it is bound."""
 
     spec: Spec
     bound: bool = False
+    way: Sequence[Spec] = ()
 
 
 @dataclass(frozen=True)
@@ -49,23 +54,24 @@ class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
     instead, if its operand is resharded for it. `sums`: products that leave unreduced sums, and
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
-    whose two gradients are made one right after the other. `values`: tensors of which only the
-    value lies as `tensors` says, not the gradient. `softmax`: whether the gradient of softmax is
-    made of its result, as planned, by a function of the program's own."""
+    whose two gradients are made one right after the other. `apart`: tensors whose gradients do not
+    lie as they do, and where these lie, or None where that is left open. `softmax`: whether the
+    gradient of softmax is made of its result, as planned, by a function of the program's own."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
     sums: Mapping[str, Spec] = field(default_factory=dict)
     gradients: Mapping[Use, Gradient] = field(default_factory=dict)
     together: Collection[str] = ()
-    values: Collection[str] = ()
+    apart: Mapping[str, Spec | None] = field(default_factory=dict)
     softmax: bool = False
 
 
 def placement(result: Result) -> Placement:
     """The plan's placement. What is saved for the backward pass lies as it is saved."""
     specs = {**result.specs, **_as_saved(result)}
-    uses: dict[Use, Copy] = {}
+    ways = _Ways(result)
+    uses = _entries(result, specs, ways)
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
     tensors = result.graph.all_tensors()
@@ -75,26 +81,27 @@ def placement(result: Result) -> Placement:
         if op.phase != "forward" or choice is None:
             continue
         operands = _operands(op, result)
-        if op.attrs.get("onehot"):  # compilers have better ways than gathering the table
-            operands.pop(op.ins[0], None)
         for name, spec in operands.items():
             home = specs.get(name)
-            if home is not None and not spec.partial and spec != home:
-                uses[op.name, name] = Copy(spec, _bound(home, spec))
+            if home is None or spec.partial or spec == home:
+                continue
+            if op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
+                continue  # compilers have better ways than gathering the table
+            uses[op.name, name] = Copy(spec, _bound(home, spec), ways.between(name, home, spec))
         made = choice.result(op.rule, 0, order)
         gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
         elif gpu and gathered and _is_cast(op, tensors):
             sums[op.outs[0]] = made
-    gradients = _gradients(result)
+    gradients = _gradients(result, ways)
     together = _outside_loops(result) if gpu else {}
     for use, home in together.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
+    apart = {**_apart(result, specs, tensors), **dict.fromkeys(_free_casts(result))}
     return Placement(
-        specs, uses, sums, gradients, {op for op, _ in together}, _free_casts(result),
-        softmax=gpu,
-    )  # fmt: skip
+        specs, uses, sums, gradients, {op for op, _ in together}, apart, softmax=gpu,
+    )
 
 
 def _as_saved(result: Result) -> dict[str, Spec]:
@@ -109,6 +116,45 @@ def _as_saved(result: Result) -> dict[str, Spec]:
     return found
 
 
+class _Ways:
+    """By which collectives the plan goes from one place of a tensor to another."""
+
+    def __init__(self, result: Result) -> None:
+        self.tensors = result.graph.all_tensors()
+        self.resharder = mesh_resharder(result.mesh, result.model.uneven)
+
+    def path(self, name: str, source: Spec, target: Spec) -> Sequence[Move]:
+        t = self.tensors[name]
+        return self.resharder.path(source, target, t.shape, ITEM_BYTES[t.dtype]) or ()
+
+    def between(self, name: str, source: Spec, target: Spec) -> Sequence[Spec]:
+        """The places between, where several collectives follow each other. Compilers do not find
+        those: XLA's gathers all of the tensor on every device, and its gradient."""
+        path = self.path(name, source, target)
+        several = sum(move.kind not in FREE for move in path) > 1
+        return tuple(move.result for move in path[:-1]) if several else ()
+
+
+def _entries(result: Result, specs: Mapping[str, Spec], ways: _Ways) -> dict[Use, Copy]:
+    """Carries of loops that take several collectives to get there."""
+    found: dict[Use, Copy] = {}
+    for loop in _loops(result.graph.nodes):
+        for carry in loop.carries if loop.phase == "forward" else ():
+            source, target = specs.get(carry.init), specs.get(carry.entry)
+            if source is None or target is None or source.partial or target.partial:
+                continue
+            if way := ways.between(carry.init, source, target):
+                found[loop.name, carry.init] = Copy(target, True, way)
+    return found
+
+
+def _loops(nodes: Iterable[Node]) -> Iterator[Loop]:
+    for node in nodes:
+        if isinstance(node, Loop):
+            yield node
+            yield from _loops(node.body.nodes)
+
+
 def only(result: Result, names: Collection[str]) -> Placement:
     """Where the arguments lie, and of the activations only the named ones: all else is the
     compiler's."""
@@ -121,10 +167,9 @@ def only(result: Result, names: Collection[str]) -> Placement:
     return Placement({name: s for name, s in result.specs.items() if name not in left_out})
 
 
-def _gradients(result: Result) -> dict[Use, Gradient]:
-    """Of products whose gradients the plan splits otherwise than the products, and leaves as sums
-    that are still to be reduced: of weights. Told so for activations, as where GLaM combines what
-    its experts made, XLA's TPU compiler gathers more than when it is left alone."""
+def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
+    """Of products whose gradients the plan splits otherwise than the products, or reduces whole to
+    cut them, where a compiler would scatter them first."""
     plan, order = result.plan, [name for name, _ in result.mesh.axes]
     products = [
         op for op, _ in result.graph.walk()
@@ -137,16 +182,49 @@ def _gradients(result: Result) -> dict[Use, Gradient]:
             continue
         for name, other in (op.ins, op.ins[::-1]):
             makers = [b for b in back if _makes_gradient(b, name, other)]
-            if len(makers) != 1 or _split(makers[0], plan) == _split(op, plan):
+            if len(makers) != 1:
                 continue
             rule, choice = makers[0].rule, plan.choices[makers[0].name]
             made = choice.result(rule, 0, order)
-            if made.partial:
+            otherwise = _split(makers[0], plan) != _split(op, plan)
+            if otherwise or _cut_when_whole(makers[0], made, result, ways):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
                 found[op.name, name] = Gradient(
                     choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
                 )
     return found
+
+
+def _apart(
+    result: Result, specs: Mapping[str, Spec], tensors: Mapping[str, Tensor]
+) -> dict[str, Spec]:
+    """Activations whose gradients are made with axes that they lack, and where these lie: bound to
+    lie like the activation, they would be gathered."""
+    order = [name for name, _ in result.mesh.axes]
+    terms: dict[str, list[Op]] = {}
+    for op, _ in result.graph.walk():
+        named = re.fullmatch(r"(.*)\.grad(_\d+)?", op.outs[0])
+        if op.phase == "backward" and named is not None and op.name in result.plan.choices:
+            terms.setdefault(named[1], []).append(op)
+    found = {}
+    for name, ops in terms.items():
+        *summed, last = ops
+        if name not in specs or name not in tensors or tensors[name].role != "activation":
+            continue
+        made = result.plan.choices[last.name].result(last.rule, 0, order)
+        if {op.outs[0] for op in summed} <= {*last.ins} and not _keeps(made, specs[name]):
+            found[name] = made.without_partial()
+    return found
+
+
+def _cut_when_whole(op: Op, made: Spec, result: Result, ways: _Ways) -> bool:
+    """Whether the sums that `op` makes are reduced whole, and then cut for who reads them."""
+    readers = [o for o, _ in result.graph.walk() if op.outs[0] in o.ins]
+    if len(readers) != 1 or readers[0].name not in result.plan.choices:
+        return False
+    read = _operands(readers[0], result).get(op.outs[0])
+    path = () if read is None else ways.path(op.outs[0], made, read)
+    return {"all-reduce", "slice"} <= {move.kind for move in path}
 
 
 def _makes_gradient(op: Op, name: str, other: str) -> bool:
@@ -225,7 +303,12 @@ def _bound(home: Spec, copy: Spec) -> bool:
     where the tensor lies. It must be told where nothing is gathered, or else it makes the product
     read another copy, and where a dimension stays split by another axis: then it gathers all of it.
     """
-    if set(home.axes) <= set(copy.axes):
+    if _keeps(home, copy):
         return True
     both = zip(home.dims, copy.dims, strict=True)
     return any(rest and len(rest) < len(axes) and set(rest) < set(axes) for axes, rest in both)
+
+
+def _keeps(home: Spec, copy: Spec) -> bool:
+    """Whether no axis is gathered."""
+    return set(home.axes) <= set(copy.axes)

@@ -4,6 +4,10 @@ A resharding is a shortest path over specs; the moves are all-gather, all-to-all
 reduce-scatter, all-reduce, a permutation of blocks, and the free local slice and mask. Lowering
 executes the path, the ILP pays its price: one table of distances serves both.
 
+Paths undo nothing, as compilers never do: what stays split is not joined on the way, what is cut
+stays cut, and only sums that the source has pending are reduced. A detour by way of collectives
+over more axes can be faster, where these lie better on the links, but no program could ask for it.
+
 Prices depend on a tensor only through its bytes and on which specs divide it, so tensors of
 equal rank, size and divisibility share one table. Unevenly split ones have tables of their own:
 their payloads are padded, and blocks can be joined or cut only where the padding permits it.
@@ -92,6 +96,45 @@ class SpecGraph:
         return sources, targets
 
     @cached_property
+    def places(self) -> tuple[Ints, Ints]:
+        """Of every spec, as sets of bits: which axis splits which dimension or is pending, and
+        the same with pending axes in all dimensions, where paths may scatter and join them."""
+        found = np.zeros((2, len(self.specs)), dtype=np.int64)
+        for i, spec in enumerate(self.specs):
+            for d, axes in enumerate(spec.dims):
+                found[:, i] |= self._bits(axes, d)
+            found[0, i] |= self._bits(spec.partial, -1)
+            for d in range(-1, self.rank):
+                found[1, i] |= self._bits(spec.partial, d)
+        return found[0], found[1]
+
+    @cached_property
+    def needed(self) -> Ints:
+        """Of every move the bits that a path's source must have: no path joins or reduces what it
+        has cut or masked itself."""
+        found = np.zeros(len(self.moves), dtype=np.int64)
+        for e, (_, _, move) in enumerate(self.moves):
+            if move.kind in ("all-gather", "all-to-all"):
+                found[e] = self._bits(move.axes, move.dim)
+            elif move.kind in ("all-reduce", "reduce-scatter"):
+                found[e] = self._bits(move.axes, -1)
+        return found
+
+    def barred(self, padded: NDArray[np.bool_]) -> Ints:
+        """Of every move the bits that a path's source must not have: what is split already is not
+        joined and cut again, but for dimensions with padding, whose blocks need not nest."""
+        found = np.zeros(len(self.moves), dtype=np.int64)
+        for e, (_, _, move) in enumerate(self.moves):
+            if move.kind in FREE and (move.dim < 0 or not padded[move.dim]):
+                found[e] = self._bits(move.axes, move.dim)
+        return found
+
+    def _bits(self, axes: Sequence[str], dim: int) -> int:
+        """Bits of `axes` in dimension `dim`, −1 for pending sums."""
+        names = list(self.sizes)
+        return sum(1 << (names.index(a) * (self.rank + 1) + dim + 1) for a in axes)
+
+    @cached_property
     def parts(self) -> Ints:
         """Of every spec the shards of every dimension."""
         found = [[prod(self.sizes[a] for a in d) for d in spec.dims] for spec in self.specs]
@@ -158,6 +201,7 @@ class Distances:
 
     graph: SpecGraph
     weights: Floats  # of every move; inf where a spec does not divide the tensor
+    barred: Ints  # of every move: what its path's source must not have
     rows: dict[int, Floats] = field(default_factory=dict)
     paths: dict[tuple[int, int], tuple[Move, ...] | None] = field(default_factory=dict)
 
@@ -172,12 +216,13 @@ class Distances:
         """Bellman-Ford from many sources at once; moves are sorted by target."""
         u, v = self.graph.arrays
         usable = np.flatnonzero(np.isfinite(self.weights))
-        u, v, w = u[usable], v[usable], self.weights[usable, None]
+        u, v = u[usable], v[usable]
         starts = np.flatnonzero(np.diff(v, prepend=-1))
         ends = v[starts]
         chunk = max(1, CHUNK_CELLS // max(1, len(u)))
         for at in range(0, len(missing), chunk):
             part = missing[at : at + chunk]
+            w = self._weights_from(part, usable)
             d = np.full((len(self.graph.specs), len(part)), np.inf)  # a column per source
             d[part, np.arange(len(part))] = 0.0
             while len(u):
@@ -187,6 +232,13 @@ class Distances:
                     break
                 d[ends] = np.minimum(before, reached)
             self.rows.update(zip(part, np.ascontiguousarray(d.T), strict=True))
+
+    def _weights_from(self, sources: Sequence[int], moves: Ints | slice) -> Floats:
+        """A row per move, a column per source: inf where it would undo what the source has."""
+        here, joinable = (bits[list(sources)] for bits in self.graph.places)
+        needed, barred = self.graph.needed[moves, None], self.barred[moves, None]
+        undone = (needed & ~joinable) | (barred & here)
+        return np.where(undone == 0, self.weights[moves, None], np.inf)
 
     def last(self, source: int) -> Ints:
         """By which move the paths of `path` end at every spec: its number, or the number of moves
@@ -198,7 +250,7 @@ class Distances:
         found = np.full(len(row), len(v), dtype=np.int64)
         if not len(v):
             return found
-        into = row[u] + self.weights
+        into = row[u] + self._weights_from([source], slice(None))[:, 0]
         starts = np.flatnonzero(np.diff(v, prepend=-1))
         least = np.minimum.reduceat(into, starts)
         attained = into == np.repeat(least, np.diff([*starts, len(v)]))
@@ -222,10 +274,11 @@ class Distances:
         if not np.isfinite(row[target]):
             return None
         u, v = self.graph.arrays
+        weights = self._weights_from([source], slice(None))[:, 0]
         found: list[Move] = []
         while target != source:
             low, high = np.searchsorted(v, [target, target + 1])
-            into = row[u[low:high]] + self.weights[low:high]
+            into = row[u[low:high]] + weights[low:high]
             best = low + int(np.argmin(into))
             found.append(self.graph.moves[best][2])
             target = int(u[best])
@@ -325,7 +378,10 @@ class Resharder:
         if self.uneven and (np.array(shape, dtype=np.int64) % graph.parts[fits]).any():
             key = (shape, itemsize)
         if key not in self._distances:
-            self._distances[key] = Distances(graph, self._weights(graph, shape, itemsize, fits))
+            padded = np.any(np.array(shape, dtype=np.int64) % graph.parts[fits], axis=0)
+            self._distances[key] = Distances(
+                graph, self._weights(graph, shape, itemsize, fits), graph.barred(padded)
+            )
         return graph, self._distances[key]
 
     def _weights(

@@ -214,7 +214,8 @@ def test_minimal_annotations_are_some_of_all(planned, capsys):
     assert ran.code == 0
     few = json.loads(ran.out)
     assert few["made_for"] == every["made_for"]
-    assert few["annotations"].items() < every["annotations"].items()
+    # Names only: they may be of a plan that is about as fast and leaves less to be settled.
+    assert few["annotations"].keys() < every["annotations"].keys()
     assert f"{len(few['annotations'])} of {len(every['annotations'])} annotations" in ran.err
     program = plan(capsys, "export", planned, "--format", "jax-program", "--minimal").out
     compile(program, "program.py", "exec")

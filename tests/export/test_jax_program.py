@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from small_models import built, conv_net, decoder
+from small_models import built, conv_net, decoder, experts
 
 import meshes
 from planner.architectures import build
@@ -28,6 +29,7 @@ from planner.graph.optimizers import RATE
 from planner.model import OPTIMIZERS, Model, Pipeline, Remat, Training
 from planner.pipelining.stacked import stacked
 from planner.planning import price_annotations
+from planner.result import Result
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Spec
 from planner.values import reference
@@ -288,6 +290,42 @@ def test_gradients_made_as_planned_are_the_same(tmp_path: Path) -> None:
     run_sharded(source, tmp_path)
 
 
+def test_copies_and_gradients_that_lie_apart_are_the_same(tmp_path: Path) -> None:
+    """Copies on their way into loops and ops, copies that a product reads itself, gradients that
+    do not lie like their tensors."""
+    by_x, by_both = Spec((("x",), (), ())), Spec((("x",), ("y",), ()))
+    place = Placement(
+        {
+            "x": Spec(((), ("y",), ())), "layers.x.in": by_x, "layers.h": by_x, "logits": by_x,
+            "layers.act": by_both, "layers.w1.cast": Spec(((), ("y",))),
+        },
+        uses={
+            ("layers", "x"): Copy(by_x, True, (Spec((("y",), (), ())),)),
+            ("layers.h", "layers.w1.cast"): Copy(Spec(((), ()))),
+            ("layers.y", "layers.act"): Copy(by_x, True, (Spec((("x",), (), ("y",))),)),
+        },
+        gradients={
+            ("layers.h", "layers.w1.cast"): Gradient(by_x, by_x, Spec(((), ()))),
+            ("layers.h", "layers.middle"): Gradient(by_x, Spec(((), ("y",))), by_both),
+        },
+        apart={"layers.x.in": Spec((("x",), (), ("y",))), "layers.w1.cast": None},
+    )  # fmt: skip
+    source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)
+    assert 'shard(shard(x, P("y", None, None)), P("x", None, None))' in source
+    assert 'copy(x_in, "layers.x.in", P("x", None, "y"))' in source
+    assert "reads=(None, P(None, None))" in source
+    run_sharded(source, tmp_path)
+
+
+def test_every_result_of_an_op_is_placed() -> None:
+    """Left open, a router's gates and choices made XLA gather masks made of them."""
+    model = experts(batch=8)
+    gates = next(o for o, _ in model.graph.walk() if len(o.outs) == 2)
+    source = jax_program(model, MESH, Placement({n: Spec((("x",), (), ())) for n in gates.outs}))
+    for name in gates.outs:
+        assert re.search(rf'(\w+) = shard\(\1, "{name}"\)', source), name
+
+
 def test_only_gpus_are_told_more() -> None:
     """Gradients made together, softmax by hand and narrowing before gathering: where a plan for a
     GPU says so, the same plan for a TPU leaves it to the compiler."""
@@ -312,6 +350,42 @@ def test_a_gradient_split_otherwise_than_its_product_is_named() -> None:
     gradient = found["layers.in", name.removesuffix(".grad")]
     assert gradient.made == Spec(((), ("y",)))
     assert gradient.cotangent == Spec((("x",), (), ("y",)))
+
+
+def chosen(result: Result, **splits: dict[str, tuple[str, ...]]) -> Result:
+    """`result` with other choices: op → factor → axes."""
+    ops = {op.name: op for op, _ in result.graph.walk()}
+    choices = {
+        name: Choice(tuple(split.get(f.name, ()) for f in ops[name].rule.factors))
+        for name, split in splits.items()
+    }
+    return replace(result, plan=replace(result.plan, choices={**result.plan.choices, **choices}))
+
+
+def test_sums_that_are_reduced_whole_and_cut_are_named() -> None:
+    """One all-reduce over both axes is faster than a scatter over one and a sum over the other,
+    which is what compilers make of a weight's gradient that the product splits alike."""
+    batch, head = {"B": ("x", "y")}, {"N": ("y",)}
+    tpu = meshes.logical(meshes.resolve("tpu-v3:2x2"), {"x": 2, "y": 4})
+    result = price_annotations(decoder(8, optimizer="sgd"), tpu, {})
+    plan = {"layers.q": batch, "layers.wq.cast.grad": batch}
+    cut = chosen(result, **plan, **{"layers.wq[i].grad": head})
+    summed = chosen(result, **plan, **{"layers.wq[i].grad": {}})
+    found = placement(cut).gradients["layers.q", "layers.wq.cast"]
+    assert found.made == Spec(((), (), ()))
+    assert found.cotangent == Spec((("x", "y"), (), (), ()))
+    assert ("layers.q", "layers.wq.cast") not in placement(summed).gradients
+
+
+def test_a_gradient_made_with_more_axes_lies_apart() -> None:
+    """Not if these axes are pending: sums are scattered where the activation lies, too."""
+    result = price_annotations(decoder_of({}), MESH, {"layers.ln1.out": (("x",), (), ())})
+    split = {"B": ("x",), "D": ("y",)}
+    apart = placement(chosen(result, **{"layers.ln1.out.grad_4": split})).apart
+    assert apart["layers.ln1.out"] == Spec((("x",), (), ("y",)))
+    assert "layers.ln1.out" not in placement(
+        chosen(result, **{"layers.ln1.out.grad_4": {"B": ("x",)}})
+    ).apart
 
 
 def test_uneven_activations_are_padded_by_the_compiler(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from costmodels.collectives import collective_seconds
 from costmodels.program import Buffer, Collective, Program, Step
-from planner.sharding.reshard import FREE, Move, Resharder, payload_elements
+from planner.sharding.reshard import FREE, Move, Resharder, SpecGraph, payload_elements
 from planner.sharding.spec import Spec, all_specs
 from planner.values.interpret import Interpreter, Shards, shard, unshard
 
@@ -133,17 +133,56 @@ def test_a_path_turns_shards_into_the_target_s(
     assert seconds == pytest.approx(float(paid), rel=1e-6, abs=1e-12)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 3), st.sampled_from(SHAPES), st.integers(0, 10**6))
-def test_no_detour_is_cheaper(count: int, shape: tuple[int, ...], seed: int) -> None:
-    """Distances: nothing to itself, and never more than by way of a third spec."""
+def cheap_together(kind: str, axes: Sequence[str], payload_bytes: np.ndarray) -> np.ndarray:
+    """As on a torus where only all axes together can use all links."""
+    return payload_bytes * 10.0 ** (-9 - 3 * len(axes))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(2, 4), st.sampled_from(SHAPES), st.integers(0, 10**6))
+def test_what_stays_is_not_moved(count: int, shape: tuple[int, ...], seed: int) -> None:
+    """An axis at one place in source and target takes no part in a collective, but in
+    permutations of blocks; nor does one that neither of the two has."""
     rng, axes = random.Random(seed), AXES[count]
-    a, b, c = (draw_spec(rng, shape, axes) for _ in range(3))
-    resharder = Resharder(dict(axes), price)
-    assert resharder.seconds(a, a, shape, 4) == 0.0
-    direct = resharder.seconds(a, c, shape, 4)
-    detour = resharder.seconds(a, b, shape, 4) + resharder.seconds(b, c, shape, 4)
-    assert 0 <= direct <= detour * (1 + 1e-9) + 1e-12
+    source, target = draw_spec(rng, shape, axes), draw_spec(rng, shape, axes)
+    resharder = Resharder(dict(axes), cheap_together)
+    assert resharder.seconds(source, source, shape, 4) == 0.0
+    both = [{*s, *t} - ({*s} ^ {*t}) for s, t in zip(source.dims, target.dims, strict=True)]
+    staying = {*source.partial} & {*target.partial}
+    staying |= {a for dim in both for a in dim}
+    unused = {*dict(axes)} - {*source.axes, *source.partial}
+    for move in resharder.path(source, target, shape, 4) or ():
+        if move.kind not in (*FREE, "collective-permute"):
+            assert not {*move.axes} & (staying | unused), move
+
+
+@pytest.mark.parametrize("uneven", [False, True])
+@pytest.mark.parametrize("shape", [(64, 64), (12, 8), (2, 4, 8), (7, 9)])
+def test_every_spec_can_be_reached(shape: tuple[int, ...], uneven: bool) -> None:
+    """What no path may do leaves a path between any two specs that the tensor has."""
+    sizes = {"x": 4, "y": 2, "z": 2}
+    graph = SpecGraph(len(shape), sizes, uneven)
+    specs = [s for s in graph.specs if s.fits(shape, sizes, uneven)]
+    assert len(specs) > 4
+    seconds = Resharder(sizes, cheap_together, uneven).matrix(specs, specs, shape, 4)
+    assert np.isfinite(seconds).all()
+
+
+def test_no_detour_over_more_axes() -> None:
+    """Sums over x of what y splits: x alone adds them up, however cheap both together would be.
+    Compilers do so: they neither gather over y first, nor mask and cut again."""
+    resharder = Resharder({"x": 4, "y": 4}, cheap_together)
+    cases = [
+        (Spec((("y",), ()), ("x",)), Spec((("y",), ())), ["all-reduce"], "x"),
+        (Spec((("y", "x"), ())), Spec((("y",), ())), ["all-gather"], "x"),
+        (Spec((("y",), ())), Spec(((), ())), ["all-gather"], "y"),
+        (Spec((("y",), ("x",))), Spec(((), ("x",))), ["all-gather"], "y"),
+    ]
+    for source, target, kinds, axis in cases:
+        path = resharder.path(source, target, (16, 16), 4)
+        assert path is not None
+        assert [m.kind for m in path] == kinds, (source, target)
+        assert path[0].axes == (axis,)
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_models import decoder
 from verify_support import BATCH, FLOPS, SPECS, mesh, mlp
 
 import meshes
 from costmodels.program import Buffer, Collective, Compute, Kernel, Program, Step
 from planner.export.jax_program import jax_program
-from planner.export.placement import Placement
+from planner.export.placement import Placement, placement
 from planner.graph.builder import Builder
 from planner.graph.core import Op
 from planner.planning import price_annotations
@@ -241,6 +242,25 @@ def test_cpu_compiler_agrees_on_flops() -> None:
     shown = text(v)
     assert shown.startswith("8 chips, 8 devices, mesh x=2 × y=4\n")
     assert document(v)["ok"] is v.ok
+
+
+def test_a_carry_goes_into_its_loop_as_planned() -> None:
+    """Two dimensions to one: two exchanges as planned; left alone XLA gathers all of it."""
+    pytest.importorskip("jax")
+    m = mesh("tpu-v5e:2x4")
+    pins = {"x": ((), ("y",), ("x",)), "layers.x.in": (("x", "y"), (), ())}
+    result = price_annotations(decoder(16, positions=8, width=16), m, pins)
+    place = placement(result)
+    rest = {use: copy for use, copy in place.uses.items() if use[0] != "layers"}
+    once = []
+    for told in (place, replace(place, uses=rest)):
+        hlo = compile_program(jax_program(result.model, m, told), m, "cpu").hlo
+        once.append({
+            (c.kind, c.axes) for c in read(parse(hlo), m.axes).collectives
+            if c.phase == "forward" and c.count == 1 and c.bytes >= 1024
+        })  # fmt: skip
+    assert once[0] == {("all-to-all", ("x",)), ("all-to-all", ("y",))}
+    assert ("all-gather", ("y",)) in once[1]
 
 
 def test_cpu_compiler_agrees_on_padding() -> None:

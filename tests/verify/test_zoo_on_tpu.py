@@ -11,7 +11,7 @@ from planner.verify import text, verify
 
 
 @pytest.mark.compiler
-@pytest.mark.parametrize("name", ["gshard-m4", "vit-22b"])
+@pytest.mark.parametrize("name", ["glam-1.2t", "gshard-m4", "t5-11b", "vit-22b"])
 def test_prediction_is_within_every_threshold(name: str) -> None:
     """Arguments 1 %, peak 15 %, FLOPs 2 %, compute time 15 %, collectives by kind and axis 25 %."""
     pytest.importorskip("libtpu")
