@@ -26,6 +26,7 @@ from costmodels.exposure import Moved, exposed_shares
 from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
+from costmodels.tiling import tile_convolutions
 from costmodels.program import Program
 from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
@@ -581,7 +582,7 @@ class Planning:
     def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
-            program = copy_gathered(narrow_stacks(program))
+            program = tile_convolutions(copy_gathered(narrow_stacks(program)))
         elif self.mesh.chip.family == "gpu":
             program = sums_at_once(program)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))

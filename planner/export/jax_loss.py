@@ -18,9 +18,11 @@ from planner.export.placement import Gradient
 from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
+# Functions of the program, written if they are called.
+HELPERS = ("product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise")
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
-    "saved", "product", "softmax",
+    "saved", *HELPERS,
     *keyword.kwlist, *dir(builtins),
 }  # fmt: skip
 
@@ -39,6 +41,7 @@ class LossWriter:
     together: Collection[str] = ()  # products whose gradients are made one after the other
     values: Collection[str] = ()  # tensors whose gradients do not lie as they do
     own_softmax: bool = False
+    sliced: Collection[str] = ()  # convolutions by the program's own function
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -84,10 +87,11 @@ class LossWriter:
         kept = prefix and op.outs[0] in self.kept
         label = self.variables[op.outs[0]] if own and kept else None
         together = op.name in self.together
-        text = OpText(op, names, targets, ins, outs, given, together, own, label)
+        sliced = op.name in self.sliced
+        text = OpText(op, names, targets, ins, outs, given, together, own, label, sliced)
         for a in statements(text):
             code = a.code
-            self.helpers |= {h for h in ("product", "softmax") if code.startswith(f"{h}(")}
+            self.helpers |= {h for h in HELPERS if code.startswith(f"{h}(")}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)
