@@ -3,9 +3,10 @@
     python benchmarks/tpu_convolutions.py [--keep FOLDER] [--half made|held]
 
 Three convolutions with ReLU between them, the first of one tap (like ones would become a loop), the
-middle one plain, strided, dilated or transposed, in two and three dimensions, with 3 to 512 channels and 1 to 256 samples on a device. The rules of
-costmodels/tiling.py were made from every other case; the held ones were looked at only afterwards.
-Prints Markdown: predicted / compiled - 1 of each case, and medians of both halves.
+middle one plain, strided, dilated or transposed, in two and three dimensions, with 3 to 512
+channels and 1 to 256 samples on a device. The rules of costmodels/tiling.py were made from every
+other case; the held ones were looked at only afterwards. Prints Markdown: predicted / compiled - 1
+of each case, and medians of both halves.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def main() -> None:
     parser.add_argument("--keep", type=Path, metavar="FOLDER", help="results so far, by case")
     parser.add_argument("--half", choices=("made", "held"), help="default: both")
     given = parser.parse_args()
-    print("| half | case | points | peak | FLOPs | compute |\n| --- | --- | ---: | ---: | ---: | ---: |")
+    print("| half | case | points | peak | FLOPs | compute |")
+    print("| --- | --- | ---: | ---: | ---: | ---: |")
     found: dict[str, list[dict[str, float]]] = {"made": [], "held": []}
     for case in cases():
         if given.half not in (None, case.half):

@@ -143,6 +143,7 @@ class _Liveness:
             if instruction.outs[0] not in self.program.remade:
                 self.touch(self.stored(instruction.ins), t)
                 self.touch(instruction.outs, t)
+                self.touch(self.program.scratch.get(instruction.outs[0], ()), t)
 
     def stored(self, buffers: Iterable[int]) -> Iterator[int]:
         """The buffers, or what they are made of where they are read."""

@@ -55,6 +55,8 @@ class Kernel:
     `dtype`: of the operands of a contraction; of other work, the narrowest type it touches.
     `matmul` is (batch, m, n, k) for contractions. `bytes` is what it moves through device
     memory, `vector_flops` its elementwise work. `model_flops` counts the useful matmul work.
+    `copies`: of which array a TPU makes copies beside it (position of the operand, -1 the result),
+    and how many.
     """
 
     name: str
@@ -65,6 +67,7 @@ class Kernel:
     matmul: tuple[int, int, int, int] | None = None
     payload: Any = None
     offsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    copies: tuple[int, int] = (0, 0)
 
     @property
     def flops(self) -> float:
@@ -168,7 +171,8 @@ Block = tuple[Step | LoopStep, ...]
 class Program:
     """One device's step. `inputs`, `outputs` map logical tensors to buffers; `copies` are buffers
     that live as long as the inputs (see `gathered`). `remade`: buffers that are never stored, but
-    computed by whoever reads them, and what of (see `tiling`)."""
+    computed by whoever reads them, and what of; `scratch`: buffers beside the making of one (see
+    `tiling`)."""
 
     axes: tuple[tuple[str, int], ...]
     buffers: Mapping[int, Buffer]
@@ -177,6 +181,7 @@ class Program:
     outputs: Mapping[str, int]
     copies: tuple[int, ...] = ()
     remade: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    scratch: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def instructions(self) -> Iterator[tuple[Instruction, int]]:
         """Every instruction with the number of its executions in a step."""

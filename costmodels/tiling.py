@@ -1,27 +1,33 @@
 """How convolutions lie in a TPU's memory, and what its compiler does not store for them.
 
 Tiles. A TPU moves registers of 8 × 128 numbers, and XLA lays every array in such tiles: of the two
-dimensions that vary fastest, one is padded to a multiple of 128, the other to 8, or to 4 if that is
-enough (`T(8,128)`, `T(4,128)` in compiled programs; openxla.org/xla/tiled_layout). Convolutions
-have their channels and their samples there, whichever way round takes less; with less than 8
-samples, the slices along the first spatial dimension (see `placement.few_samples`). So 64 channels
-take the memory of 128, and what passes between convolutions lies as they read it. Arguments lie as
-they come: a convolution reads a copy of them.
+dimensions that vary fastest one is padded to a multiple of 128, the other to a multiple of 8, or to
+4 (`T(8,128)`, `T(4,128)` in compiled programs; openxla.org/xla/tiled_layout). Convolutions have
+their channels and their samples there, whichever way round takes less. So 64 channels take the
+memory of 128, and what passes between convolutions lies as they read it. Arguments lie as they
+come: a convolution reads a copy of them.
+
+One sample. XLA would cut it into eight blocks along a spatial dimension (`space-to-batch`) and copy
+what they share again and again: a U-Net of one 128³ volume took 12.2 GiB so. Exported programs make
+the slices along the first spatial dimension the samples instead (5.6 GiB, 39 % of the cycles), and
+copy those that a window reads beside each other.
 
 Operands. What is computed point by point, or put together, for convolutions alone is computed
-inside of them, in each again: never stored. What it is made of is kept instead.
+inside of them, in each again: never stored, and no pass of its own. What it is made of is kept
+instead. Where a convolution copies what it reads, the copies are what this pass makes.
 
-Seen with libtpu 0.0.52; `benchmarks/tpu_convolutions.py` compares both rules with the compiler.
+Seen with libtpu 0.0.52 on v3; `benchmarks/tpu_convolutions.py` compares all of it with the compiler.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
+from itertools import count, islice
 from math import prod
 
-from costmodels.program import Block, Buffer, Compute, Kernel, LoopStep, Program
+from costmodels.program import Block, Buffer, Compute, Kernel, LoopStep, Program, Step
 
 SUBLANES, LANES = 8, 128
 # Operands and results of a convolution and its gradients that are no weights: (read, made).
@@ -31,7 +37,7 @@ _POOLS = ("max_pool", "max_pool_dx", "avg_pool", "avg_pool_dx")
 
 def laid(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Sizes that an array [samples, space…, channels] takes beside a convolution."""
-    rows = 0 if shape[0] >= SUBLANES else 1
+    rows = 0 if shape[0] > 1 else 1
     ways = []
     for lanes, sublanes in ((-1, rows), (rows, -1)):
         sizes = list(shape)
@@ -47,23 +53,40 @@ def _padded(size: int, to: int) -> int:
 
 
 def tile_convolutions(program: Program) -> Program:
-    """The program with the sizes of such buffers, and with those that are not stored."""
+    """The program with the sizes of such buffers, with copies of arguments and of what is moved,
+    and with those that are not stored."""
     shapes = _beside_convolutions(program)
-    inputs = shapes.keys() & set(program.inputs.values())
+    if not shapes:
+        return program
+    remade = _remade(program)
+    arguments = shapes.keys() & set(program.inputs.values())
     buffers = {
-        number: replace(b, laid=shapes[number]) if number in shapes.keys() - inputs else b
+        number: replace(b, laid=shapes[number]) if number in shapes.keys() - arguments else b
         for number, b in program.buffers.items()
     }  # fmt: skip
-    copies = []
-    for number in sorted(inputs):
-        copies.append(max(buffers) + 1)
-        b = program.buffers[number]
-        buffers[copies[-1]] = Buffer(
-            copies[-1], b.shape, b.dtype, "temporaries", f"{b.tensor}.copy", laid=shapes[number]
-        )
+    fresh = count(max(buffers) + 1)
+
+    def copies(of: int, times: int) -> tuple[int, ...]:
+        b = program.buffers[of]
+        numbers = tuple(islice(fresh, times))
+        for number in numbers:
+            buffers[number] = Buffer(
+                number, b.shape, b.dtype, "temporaries", f"{b.tensor}.copy", laid=shapes[of]
+            )
+        return numbers
+
+    lasting = [number for of in sorted(arguments) for number in copies(of, 1)]
+    scratch = {}
+    for i, _ in program.instructions():
+        if isinstance(i, Compute) and i.kernel.copies[1]:
+            position, times = i.kernel.copies
+            of = i.outs[0] if position < 0 else i.ins[position]
+            scratch[i.outs[0]] = copies(of, times + (of in remade))
+    moved = {b for i, _ in program.instructions() if i.outs[0] in scratch for b in i.ins}
     return replace(
-        program, buffers=buffers, copies=(*program.copies, *copies), remade=_remade(program)
-    )
+        program, buffers=buffers, block=_without_passes(program.block, remade.keys() - moved),
+        copies=(*program.copies, *lasting), remade=remade, scratch=scratch,
+    )  # fmt: skip
 
 
 def _activations(kernel: Kernel, ins: tuple[int, ...], outs: tuple[int, ...]) -> Iterator[int]:
@@ -143,6 +166,21 @@ def _remade(program: Program) -> Mapping[int, tuple[int, ...]]:
 def _crossing(block: Block) -> Iterable[int]:
     for group in (*_handed_on(block), *_stacks(block)):
         yield from group
+
+
+def _without_passes(block: Block, fused: Collection[int]) -> Block:
+    """The block where what is computed inside of convolutions takes no time of its own."""
+    found: list[Step | LoopStep] = []
+    for step in block:
+        if isinstance(step, LoopStep):
+            found.append(replace(step, body=_without_passes(step.body, fused)))
+            continue
+        instructions = (
+            replace(i, kernel=replace(i.kernel, bytes=0.0, vector_flops=0.0))
+            if isinstance(i, Compute) and i.outs[0] in fused else i for i in step.instructions
+        )  # fmt: skip
+        found.append(replace(step, instructions=tuple(instructions)))
+    return tuple(found)
 
 
 def _pointwise(program: Program, i: Compute) -> bool:

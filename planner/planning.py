@@ -26,9 +26,9 @@ from costmodels.exposure import Moved, exposed_shares
 from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
-from costmodels.tiling import tile_convolutions
 from costmodels.program import Program
 from costmodels.simulate import Timing, simulate
+from costmodels.tiling import tile_convolutions
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of

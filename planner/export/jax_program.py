@@ -351,26 +351,32 @@ _placed_product.defvjp(
 _SLICEWISE = '''
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def slicewise(x, w, strides, padding, dilation):
-    """Convolution of x [batch, spatial..., channels] and w [taps..., channels, features], the
-    first stride 1, with the slices along the first spatial dimension as a batch.
+    """Convolution of x [batch, spatial..., channels] and w [taps..., channels, features], with the
+    slices along the first spatial dimension as a batch.
 
-    A TPU lays batch and channels of a convolution on the 8 x 128 places of its vector registers;
-    with less than 8 samples it pads, or cuts space into blocks and copies all that overlaps.
+    Written where a device has one sample: XLA's TPU compiler would cut it into eight blocks, and
+    copy what they share before and after every convolution.
     """
+    return _slicewise(x, w, strides, padding, dilation)
+
+
+def _slicewise(x, w, strides, padding, dilation):
     taps, (low, high), step = w.shape[0], padding[0], dilation[0]
-    count = x.shape[1] + low + high - (taps - 1) * step
-    moved = _slices(x, [k * step - low for k in range(taps)], count)
+    count = (x.shape[1] + low + high - (taps - 1) * step - 1) // strides[0] + 1
+    moved = _slices(x, [k * step - low for k in range(taps)], count, strides[0])
     joined = jnp.moveaxis(w, 0, -3).reshape(*w.shape[1:-2], -1, w.shape[-1])
     made = _over_slices(moved, joined, strides, padding, dilation)
     return made.reshape(x.shape[0], count, *made.shape[1:])
 
 
-def _slices(x, starts, count):
-    """Slices [s, s + count) of axis 1, zeros outside, side by side as channels; one batch."""
+def _slices(x, starts, count, stride=1):
+    """`count` slices of axis 1 from each of `starts`, zeros outside, beside each other as channels;
+    all one batch."""
+    reach = (count - 1) * stride + 1
     low = max(0, -min(starts))
-    high = max(0, max(starts) + count - x.shape[1])
+    high = max(0, max(starts) + reach - x.shape[1])
     x = jnp.pad(x, [(0, 0), (low, high)] + [(0, 0)] * (x.ndim - 2))
-    parts = [lax.slice_in_dim(x, low + s, low + s + count, axis=1) for s in starts]
+    parts = [lax.slice_in_dim(x, low + s, low + s + reach, stride, axis=1) for s in starts]
     return jnp.concatenate(parts, -1).reshape(-1, *x.shape[2:-1], len(starts) * x.shape[-1])
 
 
@@ -385,6 +391,9 @@ def _over_slices(x, w, strides, padding, dilation, spread=None):
 def _slicewise_gradients(strides, padding, dilation, operands, g):
     """Both from the moved slices of the result's gradient, so that only x itself is saved."""
     (x, w), (low, _), step = operands, padding[0], dilation[0]
+    if strides[0] > 1:  # moved like that, the gradient would be mostly zeros
+        again = lambda x, w: _slicewise(x, w, strides, padding, dilation)
+        return jax.vjp(again, x, w)[1](g)
     moved = _slices(g, [low - k * step for k in range(w.shape[0])], x.shape[1])
     joined = jnp.moveaxis(w, 0, -2).reshape(*w.shape[1:-1], -1)
     forward = lambda x, w: _over_slices(x, w, strides, padding, dilation)

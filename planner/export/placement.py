@@ -14,11 +14,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from costmodels.program import ITEM_BYTES
-from costmodels.tiling import SUBLANES
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Op, Tensor
 from planner.graph.recompute import AGAIN, SAVED
+from planner.lowering.halo import local_op
+from planner.lowering.slices import by_slices
 from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.spec import Spec
@@ -96,39 +97,18 @@ def placement(result: Result) -> Placement:
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
     return Placement(
         specs, uses, sums, gradients, {op for op, _ in together}, _free_casts(result),
-        softmax=gpu, sliced=() if gpu else _few_samples(result),
+        softmax=gpu, sliced=() if gpu else _sliced(result),
     )  # fmt: skip
 
 
-def _few_samples(result: Result) -> set[str]:
-    """Convolutions and poolings of the TPU with fewer samples than a register has rows (see
-    `costmodels/tiling.py`), whose first spatial dimension lies whole and can take their place."""
-    found = set()
-    sizes, tensors = dict(result.mesh.axes), result.model.graph.all_tensors()
-    for op, _ in result.model.graph.walk():
-        choice = result.plan.choices.get(op.name)
-        if choice is None or not _by_slices(op):
-            continue
-        (batch,), (inner,) = op.rule.ins[0][:2]
-        (outer,) = op.rule.outs[0][1]
-        shape = choice.operand(op.rule, 0).local_shape(tensors[op.ins[0]].shape, sizes)
-        if not choice.split[inner] and not choice.split[outer] and shape[0] < SUBLANES:
-            found.add(op.name)
-    return found
-
-
-def _by_slices(op: Op) -> bool:
-    """Whether slices along the first spatial dimension can be samples: neither stepped over, nor
-    read by two windows unless these step by one."""
-    a, rank = op.attrs, len(op.attrs.get("taps", ()))
-    if op.kind not in ("conv", "conv_dx", "max_pool") or rank < 2 or len(op.rule.ins[0]) != rank + 2:
-        return False
-    if op.kind != "max_pool" and a["parts"]["b"]:
-        return False
-    if op.kind == "conv":
-        return bool(a["stride"][0] == 1)
-    apart = a["stride"][0] == a["taps"][0] and a["dilation"][0] == 1
-    return bool(apart and a["padding"][0] == (0, 0) and a["spatial"][0] % a["taps"][0] == 0)
+def _sliced(result: Result) -> set[str]:
+    """Convolutions and poolings that a TPU does better slice by slice."""
+    plan = result.plan
+    return {
+        op.name for op, _ in result.graph.walk()
+        if op.phase == "forward" and op.name in plan.choices
+        and by_slices(op, plan.choices[op.name], local_op(op, plan.choices[op.name], plan.sizes))
+    }  # fmt: skip
 
 
 def _as_saved(result: Result) -> dict[str, Spec]:
