@@ -16,7 +16,7 @@ Operands. What is computed point by point, or put together, for convolutions alo
 inside of them, in each again: never stored, and no pass of its own. What it is made of is kept
 instead. Where a convolution copies what it reads, the copies are what this pass makes.
 
-Seen with libtpu 0.0.52 on v3; `benchmarks/tpu_convolutions.py` compares all of it with the compiler.
+Seen with libtpu 0.0.52 on v3; `benchmarks/tpu_convolutions.py` compares it with the compiler.
 """
 
 from __future__ import annotations

@@ -97,12 +97,14 @@ def placement(result: Result) -> Placement:
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
     return Placement(
         specs, uses, sums, gradients, {op for op, _ in together}, _free_casts(result),
-        softmax=gpu, sliced=() if gpu else _sliced(result),
+        softmax=gpu, sliced=_sliced(result),
     )  # fmt: skip
 
 
 def _sliced(result: Result) -> set[str]:
     """Convolutions and poolings that a TPU does better slice by slice."""
+    if result.mesh.chip.family != "tpu":
+        return set()
     plan = result.plan
     return {
         op.name for op, _ in result.graph.walk()
@@ -132,7 +134,8 @@ def only(result: Result, names: Collection[str]) -> Placement:
         if name not in graph.inputs and tensor.role != "parameter"
     }  # fmt: skip
     left_out = activations.difference(names)
-    return Placement({name: s for name, s in result.specs.items() if name not in left_out})
+    tensors = {name: s for name, s in result.specs.items() if name not in left_out}
+    return Placement(tensors, sliced=_sliced(result))
 
 
 def _gradients(result: Result) -> dict[Use, Gradient]:

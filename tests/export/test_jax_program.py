@@ -83,7 +83,8 @@ def arrays(module: ModuleType, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
 
 
 def check_gradients(
-    model: Model, specs: dict[str, Spec] | None = None, mesh: Any = None, sliced: Collection[str] = ()
+    model: Model, specs: dict[str, Spec] | None = None, mesh: Any = None,
+    sliced: Collection[str] = (),
 ) -> None:
     """Loss and every gradient against the NumPy reading of the derived training step."""
     model = f32(model)
