@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from math import log2
 from pathlib import Path
 from statistics import median
@@ -23,10 +23,17 @@ from statistics import median
 ROOT = Path(__file__).parent.parent
 sys.path.append(str(ROOT))
 
+from planner.export.jax_program import result_program  # noqa: E402
 from planner.planning import Options  # noqa: E402
 from planner.request import Request, plan  # noqa: E402
 from planner.source import Source  # noqa: E402
-from planner.verify import compare_compiled, compile_result, document  # noqa: E402
+from planner.verify import (  # noqa: E402
+    Compiled,
+    Verification,
+    compare_compiled,
+    compile_result,
+    document,
+)
 
 DEVICES = 8  # cores of the smallest TPU v3 that libtpu describes
 ELEMENTS = 2**25  # about as many numbers are in every activation
@@ -91,37 +98,46 @@ def cases() -> Iterator[Case]:
         yield Case(("made", "held")[i % 2], rank, samples, channels, kinds[i // 2 % len(kinds)])
 
 
-def errors(case: Case) -> dict[str, float]:
-    """Predicted / compiled - 1 of every quantity."""
-    planned = plan(Request(Source(case.name, f"{case.name}.yaml", case.text()), options=Options()))
-    compiled = compile_result(planned.result)
-    rows = document(compare_compiled(planned.result, compiled))["quantities"]
+def errors(case: Case, folder: Path | None) -> dict[str, float]:
+    """Predicted / compiled - 1 of every quantity. What the compiler made is kept in `folder`."""
+    source = Source(case.name, f"{case.name}.yaml", case.text())
+    result = plan(Request(source, options=Options())).result
+    program = result_program(result)
+    kept = None if folder is None else folder / f"{case.name}.json"
+    if kept is not None and kept.is_file():
+        known = json.loads(kept.read_text(encoding="utf-8"))
+        if known.pop("program") == program:
+            compiled = Compiled(**known)
+            return found(compare_compiled(result, compiled))
+    compiled = compile_result(result)
+    if kept is not None:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"program": program, **asdict(compiled)})
+        kept.write_text(text, encoding="utf-8")
+    return found(compare_compiled(result, compiled))
+
+
+def found(verified: Verification) -> dict[str, float]:
+    rows = document(verified)["quantities"]
     return {r["name"]: r["error"] for r in rows if r["name"] in QUANTITIES}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="results so far, by case")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="what was compiled so far")
     parser.add_argument("--half", choices=("made", "held"), help="default: both")
     given = parser.parse_args()
     print("| half | case | points | peak | FLOPs | compute |")
     print("| --- | --- | ---: | ---: | ---: | ---: |")
-    found: dict[str, list[dict[str, float]]] = {"made": [], "held": []}
+    halves: dict[str, list[dict[str, float]]] = {"made": [], "held": []}
     for case in cases():
         if given.half not in (None, case.half):
             continue
-        kept = None if given.keep is None else given.keep / f"{case.name}.json"
-        if kept is not None and kept.is_file():
-            row = json.loads(kept.read_text(encoding="utf-8"))
-        else:
-            row = errors(case)
-            if kept is not None:
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(row), encoding="utf-8")
-        found[case.half].append(row)
+        row = errors(case, given.keep)
+        halves[case.half].append(row)
         cells = " | ".join(f"{row[q]:+.1%}" for q in QUANTITIES)
         print(f"| {case.half} | `{case.name}` | {case.size} | {cells} |", flush=True)
-    for half, rows in found.items():
+    for half, rows in halves.items():
         if rows:
             middles = " | ".join(f"{median(abs(r[q]) for r in rows):.1%}" for q in QUANTITIES)
             print(f"| {half} | median of sizes | | {middles} |")
