@@ -23,7 +23,7 @@ the headroom is for them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,8 +70,8 @@ def read_memory(program: Program, held: Sequence[Span] = ()) -> Memory:
     live = [program.buffers[b] for b, start, stop in spans if start <= peak < stop]
     parts = dict.fromkeys(CATEGORIES, 0)
     for buffer in live:
-        parts[buffer.category] += buffer.bytes
-    largest = sorted(((b.tensor, b.category, b.bytes) for b in live), key=lambda x: -x[2])
+        parts[buffer.category] += buffer.held_bytes
+    largest = sorted(((b.tensor, b.category, b.held_bytes) for b in live), key=lambda x: -x[2])
     return Memory(
         int(profile[peak]), parts, life.names[peak], tuple(profile.tolist()), tuple(largest)
     )
@@ -79,7 +79,7 @@ def read_memory(program: Program, held: Sequence[Span] = ()) -> Memory:
 
 def usage(program: Program, spans: Iterable[Span], steps: int) -> NDArray[np.int64]:
     """Bytes in use at every step."""
-    rows = [(start, stop, program.buffers[b].bytes) for b, start, stop in spans]
+    rows = [(start, stop, program.buffers[b].held_bytes) for b, start, stop in spans]
     change = np.zeros(steps + 1, dtype=np.int64)
     if rows:
         starts, stops, sizes = np.array(rows, dtype=np.int64).T
@@ -140,8 +140,16 @@ class _Liveness:
         t = self.now
         self.names.append(step.name)
         for instruction in step.instructions:
-            self.touch(instruction.ins, t)
-            self.touch(instruction.outs, t)
+            if instruction.outs[0] not in self.program.remade:
+                self.touch(self.stored(instruction.ins), t)
+                self.touch(instruction.outs, t)
+                self.touch(self.program.scratch.get(instruction.outs[0], ()), t)
+
+    def stored(self, buffers: Iterable[int]) -> Iterator[int]:
+        """The buffers, or what they are made of where they are read."""
+        for b in buffers:
+            sources = self.program.remade.get(b)
+            yield from (b,) if sources is None else self.stored(sources)
 
     def loop(self, loop: LoopStep) -> None:
         enter = self.now

@@ -27,7 +27,8 @@ MOVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective
 
 @dataclass(frozen=True)
 class Buffer:
-    """A local array. `alias`: the buffer whose memory it takes over (donated state)."""
+    """A local array. `alias`: the buffer whose memory it takes over (donated state). `laid`: the
+    sizes that it takes in memory, if they are larger (see `tiling`)."""
 
     id: int
     shape: tuple[int, ...]
@@ -35,10 +36,16 @@ class Buffer:
     category: str
     tensor: str
     alias: int | None = None
+    laid: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:
         return prod(self.shape) * ITEM_BYTES[self.dtype]
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes in memory, padding of its layout included."""
+        return prod(self.laid or self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -48,6 +55,8 @@ class Kernel:
     `dtype`: of the operands of a contraction; of other work, the narrowest type it touches.
     `matmul` is (batch, m, n, k) for contractions. `bytes` is what it moves through device
     memory, `vector_flops` its elementwise work. `model_flops` counts the useful matmul work.
+    `copies`: of which array a TPU makes copies beside it (position of the operand, -1 the result),
+    and how many.
     """
 
     name: str
@@ -58,6 +67,7 @@ class Kernel:
     matmul: tuple[int, int, int, int] | None = None
     payload: Any = None
     offsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    copies: tuple[int, int] = (0, 0)
 
     @property
     def flops(self) -> float:
@@ -160,7 +170,9 @@ Block = tuple[Step | LoopStep, ...]
 @dataclass(frozen=True)
 class Program:
     """One device's step. `inputs`, `outputs` map logical tensors to buffers; `copies` are buffers
-    that live as long as the inputs (see `gathered`)."""
+    that live as long as the inputs (see `gathered`). `remade`: buffers that are never stored, but
+    computed by whoever reads them, and what of; `scratch`: buffers beside the making of one (see
+    `tiling`)."""
 
     axes: tuple[tuple[str, int], ...]
     buffers: Mapping[int, Buffer]
@@ -168,6 +180,8 @@ class Program:
     inputs: Mapping[str, int]
     outputs: Mapping[str, int]
     copies: tuple[int, ...] = ()
+    remade: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    scratch: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
 
     def instructions(self) -> Iterator[tuple[Instruction, int]]:
         """Every instruction with the number of its executions in a step."""

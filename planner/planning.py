@@ -28,6 +28,7 @@ from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
 from costmodels.program import Program
 from costmodels.simulate import Timing, simulate
+from costmodels.tiling import tile_convolutions
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
@@ -586,7 +587,7 @@ class Planning:
     def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
-            program = copy_gathered(narrow_stacks(program))
+            program = tile_convolutions(copy_gathered(narrow_stacks(program)))
         elif self.mesh.chip.family == "gpu":
             program = sums_at_once(program)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))

@@ -20,9 +20,11 @@ from planner.graph.core import Graph, Loop, Node, Op, Stack, Tensor
 from planner.sharding.spec import Spec
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
+# Functions of the program, written if they are called.
+HELPERS = ("product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise")
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
-    "saved", "product", "softmax",
+    "saved", *HELPERS,
     *keyword.kwlist, *dir(builtins),
 }  # fmt: skip
 
@@ -41,6 +43,7 @@ class LossWriter:
     together: Collection[str] = ()  # products whose gradients are made one after the other
     apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
     own_softmax: bool = False
+    sliced: Collection[str] = ()  # convolutions by the program's own function
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -88,12 +91,13 @@ class LossWriter:
         together = op.name in self.together
         plain = [self._operand(n) if j in read else "" for j, n in enumerate(op.ins)]
         copies = [self.uses.get((op.name, n)) for n in op.ins]
+        sliced = op.name in self.sliced
         text = OpText(
-            op, names, targets, ins, outs, plain, copies, given, together, own, label
+            op, names, targets, ins, outs, plain, copies, given, together, own, label, sliced
         )  # fmt: skip
         for a in statements(text):
             code = a.code
-            self.helpers |= {h for h in ("product", "softmax") if code.startswith(f"{h}(")}
+            self.helpers |= {h for h in HELPERS if code.startswith(f"{h}(")}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)

@@ -36,8 +36,9 @@ class OpText:
     """An op with the tensors around it and the variables that hold its operands and results.
 
     `gradients`: of a product's operands, how they are made; `together`: one after the other. Such
-    a product takes its operands as they lie (`plain`) and reads `copies` of them.
-    `own_softmax`: by the program's own function, which saves its result as `label`."""
+    a product takes its operands as they lie (`plain`) and reads `copies` of them. `own_softmax`: by
+    the program's own function, which saves its result as `label`. `sliced`: a convolution or a
+    pooling by the program's own function for few samples."""
 
     op: Op
     names: Sequence[str]
@@ -50,6 +51,7 @@ class OpText:
     together: bool = False
     own_softmax: bool = False
     label: str | None = None
+    sliced: bool = False
 
 
 def statements(text: OpText) -> list[Assignment]:
@@ -421,6 +423,9 @@ def _with_one_batch(t: OpText, code: Callable[[str], str]) -> list[Assignment]:
 
 def _conv(t: OpText) -> list[Assignment]:
     a = t.op.attrs
+    if t.sliced:
+        given = ", ".join(str(a[key]) for key in ("stride", "padding", "dilation"))
+        return _one(f"slicewise({t.names[0]}, {t.names[1]}, {given})")
     options = [f"window_strides={_tuple(a['stride'])}", f"padding={list(a['padding'])}"]
     if set(a["dilation"]) != {1}:
         options.append(f"rhs_dilation={_tuple(a['dilation'])}")
@@ -440,6 +445,9 @@ def _conv_transpose(t: OpText) -> list[Assignment]:
         reach = (k - 1) * d + 1
         before = reach - 1 - low
         pads.append((before, size + reach - 1 - before - ((n - 1) * s + 1)))
+    if t.sliced:
+        given = f"{a['stride']}, {tuple(pads)}, {a['dilation']}"
+        return _one(f"spread_slicewise({t.names[0]}, {t.names[1]}, {given})")
     options = [f"window_strides={_tuple((1,) * rank)}", f"padding={pads}"]
     options.append(f"lhs_dilation={_tuple(a['stride'])}")
     if set(a["dilation"]) != {1}:
@@ -467,6 +475,10 @@ def _reduce_window(t: OpText, init: str, function: str) -> str:
 
 
 def _max_pool(t: OpText) -> list[Assignment]:
+    a = t.op.attrs
+    if t.sliced:
+        given = ", ".join(str(a[key]) for key in ("taps", "stride", "padding"))
+        return _one(f"max_pool_slicewise({t.names[0]}, {given})")
     return _one(_reduce_window(t, "-jnp.inf", "lax.max"))
 
 

@@ -51,7 +51,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
         graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
-        place.apart, place.softmax,
+        place.apart, place.softmax, place.sliced,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers
     parts = [
@@ -61,7 +61,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _stacks_source(tables, model.members),
         _saved_source(writer.labels),
         _HELPERS.strip("\n").split("\n"),
-        *(text.strip("\n").split("\n") for name, text in _FUNCTIONS if name in used),
+        *(t.strip("\n").split("\n") for names, t in _FUNCTIONS.items() if used & {*names}),
         ["def loss_fn(params, batch, mesh=None):",
          f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
          "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
@@ -356,7 +356,93 @@ _placed_product.defvjp(
 )
 '''
 
-_FUNCTIONS = (("softmax", _SOFTMAX), ("product", _PRODUCT))  # written if they are called
+_SLICEWISE = '''
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def slicewise(x, w, strides, padding, dilation):
+    """Convolution of x [batch, spatial..., channels] and w [taps..., channels, features], with the
+    slices along the first spatial dimension as a batch.
+
+    Written where a device has one sample: XLA's TPU compiler would cut it into eight blocks, and
+    copy what they share before and after every convolution.
+    """
+    return _slicewise(x, w, strides, padding, dilation)
+
+
+def _slicewise(x, w, strides, padding, dilation):
+    taps, (low, high), step = w.shape[0], padding[0], dilation[0]
+    count = (x.shape[1] + low + high - (taps - 1) * step - 1) // strides[0] + 1
+    moved = _slices(x, [k * step - low for k in range(taps)], count, strides[0])
+    joined = jnp.moveaxis(w, 0, -3).reshape(*w.shape[1:-2], -1, w.shape[-1])
+    made = _over_slices(moved, joined, strides, padding, dilation)
+    return made.reshape(x.shape[0], count, *made.shape[1:])
+
+
+def _slices(x, starts, count, stride=1):
+    """`count` slices of axis 1 from each of `starts`, zeros outside, beside each other as channels;
+    all one batch."""
+    reach = (count - 1) * stride + 1
+    low = max(0, -min(starts))
+    high = max(0, max(starts) + reach - x.shape[1])
+    x = jnp.pad(x, [(0, 0), (low, high)] + [(0, 0)] * (x.ndim - 2))
+    parts = [lax.slice_in_dim(x, low + s, low + s + reach, stride, axis=1) for s in starts]
+    return jnp.concatenate(parts, -1).reshape(-1, *x.shape[2:-1], len(starts) * x.shape[-1])
+
+
+def _over_slices(x, w, strides, padding, dilation, spread=None):
+    space = "HWZUV"[: x.ndim - 2]
+    return lax.conv_general_dilated(
+        x, w, strides[1:], padding[1:], spread, dilation[1:],
+        dimension_numbers=(f"N{space}C", f"{space}IO", f"N{space}C"),
+    )
+
+
+def _slicewise_gradients(strides, padding, dilation, operands, g):
+    """Both from the moved slices of the result's gradient, so that only x itself is saved."""
+    (x, w), (low, _), step = operands, padding[0], dilation[0]
+    if strides[0] > 1:  # moved like that, the gradient would be mostly zeros
+        again = lambda x, w: _slicewise(x, w, strides, padding, dilation)
+        return jax.vjp(again, x, w)[1](g)
+    moved = _slices(g, [low - k * step for k in range(w.shape[0])], x.shape[1])
+    joined = jnp.moveaxis(w, 0, -2).reshape(*w.shape[1:-1], -1)
+    forward = lambda x, w: _over_slices(x, w, strides, padding, dilation)
+    dx, dw = jax.vjp(forward, x.reshape(-1, *x.shape[2:]), joined)[1](moved)
+    dw = dw.reshape(*w.shape[1:-1], w.shape[0], w.shape[-1])
+    return dx.reshape(x.shape), jnp.moveaxis(dw, -2, 0)
+
+
+slicewise.defvjp(lambda x, w, *window: (slicewise(x, w, *window), (x, w)), _slicewise_gradients)
+
+
+def spread_slicewise(x, w, strides, padding, dilation):
+    """Transposed convolution whose first stride is its number of taps, slice by slice."""
+    space, taps = range(1, w.ndim - 2), w.shape[0]
+    joined = jnp.moveaxis(jnp.flip(w, space), 0, -2).reshape(*w.shape[1:-1], -1)
+    ones = (1,) * len(strides)
+    made = _over_slices(
+        x.reshape(-1, *x.shape[2:]), joined, ones, padding, dilation, strides[1:]
+    )
+    made = made.reshape(*x.shape[:2], *made.shape[1:-1], taps, w.shape[-1])
+    made = jnp.moveaxis(made, -2, 2)
+    return made.reshape(x.shape[0], -1, *made.shape[3:])
+
+
+def max_pool_slicewise(x, window, strides, padding):
+    """Maxima over windows that do not overlap in the first spatial dimension, slice by slice."""
+    found = lax.reduce_window(
+        x.reshape(-1, *x.shape[2:]), -jnp.inf, lax.max, (1, *window[1:], 1), (1, *strides[1:], 1),
+        [(0, 0), *padding[1:], (0, 0)],
+    )
+    found = found.reshape(x.shape[0], -1, window[0], *found.shape[1:])
+    best = found[:, :, 0]
+    for k in range(1, window[0]):
+        best = jnp.where(found[:, :, k] > best, found[:, :, k], best)
+    return best
+'''
+
+_FUNCTIONS = {  # written if one of them is called
+    ("softmax",): _SOFTMAX, ("product",): _PRODUCT,
+    ("slicewise", "spread_slicewise", "max_pool_slicewise"): _SLICEWISE,
+}  # fmt: skip
 
 _ONE_STEP = '''
 def train_step(params, states, batch, mesh=None):

@@ -19,6 +19,8 @@ from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Node, Op, Tensor
 from planner.graph.recompute import AGAIN, SAVED
+from planner.lowering.halo import local_op
+from planner.lowering.slices import by_slices
 from planner.plan import Plan
 from planner.result import Result
 from planner.sharding.formulate import mesh_resharder
@@ -56,7 +58,8 @@ class Placement:
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
     whose two gradients are made one right after the other. `apart`: tensors whose gradients do not
     lie as they do, and where these lie, or None where that is left open. `softmax`: whether the
-    gradient of softmax is made of its result, as planned, by a function of the program's own."""
+    gradient of softmax is made of its result, as planned, by a function of the program's own.
+    `sliced`: convolutions whose slices are made the samples of a batch."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Placement:
     together: Collection[str] = ()
     apart: Mapping[str, Spec | None] = field(default_factory=dict)
     softmax: bool = False
+    sliced: Collection[str] = ()
 
 
 def placement(result: Result) -> Placement:
@@ -101,7 +105,20 @@ def placement(result: Result) -> Placement:
     apart = {**_apart(result, specs, tensors), **dict.fromkeys(_free_casts(result))}
     return Placement(
         specs, uses, sums, gradients, {op for op, _ in together}, apart, softmax=gpu,
-    )
+        sliced=_sliced(result),
+    )  # fmt: skip
+
+
+def _sliced(result: Result) -> set[str]:
+    """Convolutions and poolings that a TPU does better slice by slice."""
+    if result.mesh.chip.family != "tpu":
+        return set()
+    plan = result.plan
+    return {
+        op.name for op, _ in result.graph.walk()
+        if op.phase == "forward" and op.name in plan.choices
+        and by_slices(op, plan.choices[op.name], local_op(op, plan.choices[op.name], plan.sizes))
+    }  # fmt: skip
 
 
 def _as_saved(result: Result) -> dict[str, Spec]:
@@ -164,7 +181,8 @@ def only(result: Result, names: Collection[str]) -> Placement:
         if name not in graph.inputs and tensor.role != "parameter"
     }  # fmt: skip
     left_out = activations.difference(names)
-    return Placement({name: s for name, s in result.specs.items() if name not in left_out})
+    tensors = {name: s for name, s in result.specs.items() if name not in left_out}
+    return Placement(tensors, sliced=_sliced(result))
 
 
 def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:

@@ -11,6 +11,7 @@ from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, volume
 from planner.graph.core import Dims, Op, Rule, Tensor
 from planner.lowering.halo import local_op
+from planner.lowering.slices import by_slices, moved_copies
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Sizes
 
@@ -25,9 +26,10 @@ def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes
     }
     product = None if op.attrs.get("picks") else contraction_sizes(local)
     dtype = _narrowest(op, tensors) if product is None else tensors[op.ins[0]].dtype
+    copies = moved_copies(op) if by_slices(op, choice, local) else (0, 0)
     return Kernel(
         op.name, op.kind, dtype, _moved_bytes(local, tensors), _vector_flops(local),
-        product, local, offsets,
+        product, local, offsets, copies,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,8 @@ from planner.architectures.settings import Decoder
 from planner.export.jax_ops import ExportError
 from planner.export.jax_program import jax_program, result_program
 from planner.export.placement import Copy, Gradient, Placement, placement
+from planner.graph import expr as ex
+from planner.graph import windows
 from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
@@ -81,13 +84,16 @@ def arrays(module: ModuleType, inputs: dict[str, Any]) -> tuple[Any, Any, Any]:
     return params, states, batch
 
 
-def check_gradients(model: Model, specs: dict[str, Spec] | None = None, mesh: Any = None) -> None:
+def check_gradients(
+    model: Model, specs: dict[str, Spec] | None = None, mesh: Any = None,
+    sliced: Collection[str] = (),
+) -> None:
     """Loss and every gradient against the NumPy reading of the derived training step."""
     model = f32(model)
     step = training_step(replace(model, workload=replace(model.training, optimizer="sgd")))
     inputs = reference.random_inputs(step)
     expected = reference.evaluate(step, inputs)
-    module = load(jax_program(model, MESH, Placement(specs or {})))
+    module = load(jax_program(model, MESH, Placement(specs or {}, sliced=sliced)))
     params, _, batch = arrays(module, inputs)
     loss, grads = jax.jit(
         lambda p, b: jax.value_and_grad(module.loss_fn)(p, b, mesh)
@@ -177,6 +183,33 @@ def test_ring_attention_and_stages_in_one_program() -> None:
     model = decoder_of({})
     training = replace(model.training, batch=8, pipeline_microbatches=4)
     check_gradients(stacked(replace(model, workload=training), "x", 2))
+
+
+def volumes(b: Builder) -> str:
+    """Convolutions of volumes, plain, strided, dilated, transposed, and a pooling with ties."""
+    x = b.input("x", (2, 8, 4, 5, 3), ("B", "Z", "Y", "X", "C"), "f32")
+
+    def weight(name: str, taps: tuple[int, ...], channels: tuple[int, int]) -> str:
+        return b.param(name, (*taps, *channels), ("kz", "ky", "kx", "I", "C"))
+
+    h = windows.conv(b, x, weight("plain", (3, 3, 2), (3, 4)), name="plain.y")
+    h = b.pointwise("flat", ex.relu(ex.x(0)), h)  # equal maxima: zeros
+    h = windows.max_pool(b, h, window=(2, 2, 1), name="pool.y")
+    h = windows.conv(b, h, weight("wide", (2, 3, 1), (4, 2)), dilation=(2, 1, 1), name="wide.y")
+    h = windows.conv_transpose(b, h, weight("up", (2, 2, 2), (2, 3)), stride=2, name="up.y")
+    h = windows.conv(b, h, weight("down", (3, 2, 2), (3, 2)), stride=(2, 1, 2), name="down.y")
+    return support.weighted_sum(b, h)
+
+
+SLICED = ("plain.y", "pool.y", "wide.y", "up.y", "down.y")
+
+
+def test_slices_as_samples_change_no_gradient() -> None:
+    model = support.model(volumes)
+    source = jax_program(model, MESH, Placement({}, sliced=SLICED))
+    loss = source.partition("def loss_fn")[2].partition("def update")[0]
+    assert loss.count("slicewise(") == len(SLICED)
+    check_gradients(model, sliced=SLICED)
 
 
 def decoder_of(more: dict[str, Any]) -> Model:
