@@ -253,6 +253,7 @@ class Planning:
     follows: bool = True  # whether what a plan exposes decides what the next one pays for
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
+    excess: float = 0.0  # bytes of the last program beyond its target
     leanest: Candidate | None = None  # of the plans seen the one of least peak
     solving_s: float = 0.0
     clock: Clock = field(init=False)
@@ -497,7 +498,7 @@ class Planning:
                 return fits
             candidate = self.candidate(outcome)
             if candidate.memory.peak_bytes > target:
-                self.constrain(candidate.memory, target)
+                self.constrain(candidate.memory, target, outcome.peak)
                 wanted, fits = max(gap, LOOSE_GAP), None
             elif fits is not None:
                 return better(fits, candidate)
@@ -512,14 +513,19 @@ class Planning:
         """Predicted peak that still fits, headroom included."""
         return self.limit / (1 + self.options.headroom)
 
-    def constrain(self, memory: Memory, target: float) -> None:
-        """Constraints at the steps that exceed the limit most, one for each hump of the profile."""
+    def constrain(self, memory: Memory, target: float, counted: float) -> None:
+        """Constraints at the steps that exceed the limit most, one for each hump of the profile.
+        `counted`: bytes that the ILP counts of the plan."""
         new = [t for t in humps(memory.profile, target) if t not in self.active]
         if new:
             self.active = sorted({*self.active, *new})
             self.say(f"{len(self.active)} memory constraints")
             return
-        self.slack += memory.peak_bytes - target + 1
+        excess = memory.peak_bytes - target + 1
+        if excess == self.excess:  # the same plan again, of which the ILP counts much less
+            self.slack = max(self.slack, memory.peak_bytes - counted)
+        self.slack += excess
+        self.excess = excess
 
     def solved(self, limit: float | None, counts: Counts, gap: float) -> Outcome:
         self.check_time(LAST_SHARE * (self.options.time_limit_s or 0.0))

@@ -61,7 +61,8 @@ class Outcome:
 
     `status` is "optimal" (gap 0 within tolerance), "feasible" (stopped by the work limit),
     "time_limit" (stopped by the wall clock, with or without a choice), or "infeasible" (proven).
-    `cost` is always the plain evaluation of `choice`; `bound` never exceeds the optimum.
+    `cost` is always the plain evaluation of `choice`, as is `peak`, its highest usage; `bound`
+    never exceeds the optimum.
     """
 
     status: str
@@ -69,6 +70,7 @@ class Outcome:
     cost: float
     bound: float
     seconds: float = field(default=0.0, compare=False)
+    peak: float = field(default=0.0, compare=False)
 
     @property
     def gap(self) -> float:

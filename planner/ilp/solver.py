@@ -127,14 +127,15 @@ def outcome_of(
 ) -> Outcome:
     """Believes only what evaluation confirms; an unbeaten warm start is the answer."""
     choice = found.choice
-    cost = np.inf
+    cost, peak = np.inf, 0.0
     if choice is not None:
         priced = evaluate(problem, choice)
         choice, cost = (choice, priced.cost) if priced.fits else (None, np.inf)
+        peak = priced.peak
     if warm_start is not None and found.status != "optimal":
         warm = evaluate(problem, warm_start)
         if warm.fits and warm.cost < cost:
-            choice, cost = np.array(warm_start, dtype=np.int64), warm.cost
+            choice, cost, peak = np.array(warm_start, dtype=np.int64), warm.cost, warm.peak
     seconds = clock.seconds()
     if found.status == "infeasible" and choice is None:
         return Outcome("infeasible", None, np.inf, np.inf, seconds)
@@ -143,4 +144,4 @@ def outcome_of(
     if status != "optimal" or choice is None:
         status = "time_limit" if late or choice is None else "feasible"
     bound = min(found.bound, cost)
-    return Outcome(status, choice, float(cost), float(bound), seconds)
+    return Outcome(status, choice, float(cost), float(bound), seconds, peak)
