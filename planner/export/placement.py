@@ -205,6 +205,8 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
             rule, choice = makers[0].rule, plan.choices[makers[0].name]
             made = choice.result(rule, 0, order)
             otherwise = _split(makers[0], plan) != _split(op, plan)
+            home = result.specs.get(name)
+            otherwise = otherwise or (home is not None and _moves(made, home))
             if otherwise or _cut_when_whole(makers[0], made, result, ways):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
                 found[op.name, name] = Gradient(
@@ -233,6 +235,14 @@ def _apart(
         if {op.outs[0] for op in summed} <= {*last.ins} and not _keeps(made, specs[name]):
             found[name] = made.without_partial()
     return found
+
+
+def _moves(made: Spec, home: Spec) -> bool:
+    """Whether an axis splits another dimension there than here."""
+    return any(
+        set(axes) & set(there)
+        for i, axes in enumerate(made.dims) for j, there in enumerate(home.dims) if i != j
+    )  # fmt: skip
 
 
 def _cut_when_whole(op: Op, made: Spec, result: Result, ways: _Ways) -> bool:
