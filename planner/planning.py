@@ -16,7 +16,7 @@ from collections.abc import (
     Sequence,
 )
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from math import inf, sqrt
 from typing import TYPE_CHECKING
 
@@ -33,7 +33,7 @@ from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
-from planner.ilp import Outcome, Problem, quick_bound, solve
+from planner.ilp import Look, Outcome, Problem, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import RECOMPUTES_ALL, Inference, Model
@@ -118,7 +118,11 @@ class Unsolved(Exception):
 
 
 class NoPromise(Unsolved):
-    """A first look says that the step will take longer than what is to be beaten."""
+    """A first look says that the step will take longer than what is to be beaten, or a bound."""
+
+    def __init__(self, message: str, bound_s: float = 0.0) -> None:
+        super().__init__(message)
+        self.bound_s = bound_s
 
 
 class NothingFits(Unsolved):
@@ -253,7 +257,6 @@ class Planning:
     follows: bool = True  # whether what a plan exposes decides what the next one pays for
     active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
-    excess: float = 0.0  # bytes of the last program beyond its target
     leanest: Candidate | None = None  # of the plans seen the one of least peak
     solving_s: float = 0.0
     clock: Clock = field(init=False)
@@ -413,6 +416,7 @@ class Planning:
     def tied(self) -> Result:
         """Of the plans that tie two axes the fastest; the bound is that of the computation."""
         found: list[tuple[float, Plan]] = []
+        slower: NoPromise | None = None
         cut = False
         for pair, mesh in tied_meshes(self.mesh, self.annotation):
             self.say(f"tying axes {pair[0]} and {pair[1]}")
@@ -423,12 +427,17 @@ class Planning:
             planning.clock = self.clock
             try:
                 result = planning.best()
+            except NoPromise as error:
+                slower = error
+                continue
             except Unsolved:  # the best so far is the answer
                 if not found:
                     raise
                 cut = True
                 break
             found.append((result.timing.step_time_s, untied(result.plan, pair, self.mesh)))
+        if slower is not None and not found:
+            raise slower
         if not found:
             raise Unsolved(
                 f"a mesh of more than {EXACT_AXES} axes is planned with two of them tied, "
@@ -489,24 +498,40 @@ class Planning:
 
     def within(self, target: float, counts: Counts, gap: float) -> Candidate | None:
         """Least surrogate cost among the plans whose peak is at most `target`; constraints are
-        added as needed. None if there is none."""
-        wanted, fits = gap, None
-        for _ in range(MEMORY_ROUNDS):
-            limited = target - self.slack if self.active else None
-            outcome = self.solved(limited, counts, wanted)
-            if outcome.status == "infeasible":
-                return fits
+        added as needed. None if there is none. Raises NoPromise."""
+        fits: list[Candidate] = []
+
+        def worth(outcome: Outcome) -> bool:
+            """A plan near the least cost shows whether constraints are still to come."""
+            self.check_bound(outcome)
             candidate = self.candidate(outcome)
             if candidate.memory.peak_bytes > target:
-                self.constrain(candidate.memory, target, outcome.peak)
-                wanted, fits = max(gap, LOOSE_GAP), None
-            elif fits is not None:
-                return better(fits, candidate)
-            elif gap < outcome.gap <= wanted:
-                wanted, fits = gap, candidate
-            else:
-                return candidate
-        raise Unsolved(f"memory constraints did not settle in {MEMORY_ROUNDS} rounds")
+                return False
+            fits.append(candidate)
+            return True
+
+        for _ in range(MEMORY_ROUNDS):
+            limited = target - self.slack if self.active else None
+            look = Look(LOOSE_GAP, worth) if self.active and gap < LOOSE_GAP else None
+            outcome = self.solved(limited, counts, gap, look)
+            if outcome.status == "infeasible":
+                break
+            self.check_bound(outcome)
+            candidate = self.candidate(outcome)
+            if candidate.memory.peak_bytes <= target:
+                fits.append(candidate)
+                break
+            self.constrain(candidate.memory, target, outcome.peak)
+        else:
+            if not fits:
+                raise Unsolved(f"memory constraints did not settle in {MEMORY_ROUNDS} rounds")
+        return reduce(better, fits) if fits else None
+
+    def check_bound(self, outcome: Outcome) -> None:
+        """Where the surrogate is the step time, its bound may settle what is to be beaten."""
+        hides = self.mesh.chip.overlap
+        if not hides and outcome.bound >= self.options.to_beat_s * (1 - ENOUGH_GAP):
+            raise NoPromise("slower", outcome.bound)
 
     @property
     def target(self) -> float:
@@ -521,20 +546,19 @@ class Planning:
             self.active = sorted({*self.active, *new})
             self.say(f"{len(self.active)} memory constraints")
             return
-        excess = memory.peak_bytes - target + 1
-        if excess == self.excess:  # the same plan again, of which the ILP counts much less
-            self.slack = max(self.slack, memory.peak_bytes - counted)
-        self.slack += excess
-        self.excess = excess
+        # It must not come again, however little of it the ILP counts.
+        self.slack = max(self.slack, target - counted) + memory.peak_bytes - target + 1
 
-    def solved(self, limit: float | None, counts: Counts, gap: float) -> Outcome:
+    def solved(
+        self, limit: float | None, counts: Counts, gap: float, look: Look | None = None
+    ) -> Outcome:
         self.check_time(LAST_SHARE * (self.options.time_limit_s or 0.0))
         problem = self.problem(limit, counts)
         self.say(f"solving for {problem.size} decisions")
         time_limit = self.clock.left() * SOLVE_SHARE if self.clock.limited else None
         outcome = solve(
             problem, backend=self.options.backend, time_limit=time_limit,
-            work_limit=WORK_LIMIT, seed=self.options.seed, gap=gap,
+            work_limit=WORK_LIMIT, seed=self.options.seed, gap=gap, look=look,
         )  # fmt: skip
         self.solving_s += outcome.seconds
         return outcome

@@ -36,7 +36,10 @@ from planner.progress import Progress
 from planner.result import Result
 from planner.search import saving, staging
 from planner.search.candidates import IMPOSSIBLE, TOO_LARGE, Trial, search
+from planner.search.pool import processes
 from planner.source import Source
+
+WORTH_A_PROCESS_S = 5.0  # planning that takes less ends before another process has started
 
 
 @dataclass(frozen=True)
@@ -162,26 +165,33 @@ def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
         return []
     request = replace(request, source=planned.source, shape=planned.stamp.shape_text)
     clock = Clock.of(request.options.time_limit_s)
-    found = []
-    for assumed in planned.result.model.assumed:
-        low, high = (
-            _hfu_with(request, f"{assumed.key}={end}", clock) for end in (assumed.low, assumed.high)
-        )
-        if clock.over():  # what has no plan may have one
-            break
-        found.append(Sensitivity(assumed.key, low, high))
-    return found
+    assumed = planned.result.model.assumed
+    ends = [_End(request, f"{a.key}={end}", clock) for a in assumed for end in (a.low, a.high)]
+    # Processes that share a limit would each have to get less than what may be left to it.
+    alone = clock.limited or planned.result.plan.proof.seconds < WORTH_A_PROCESS_S
+    with processes(1 if alone else len(ends)) as spread:
+        found = spread(_hfu_at, ends)
+    pairs = zip(assumed, found[::2], found[1::2], strict=True)
+    return [Sensitivity(a.key, low[0], high[0]) for a, low, high in pairs if low[1] and high[1]]
 
 
-def _hfu_with(request: Request, override: str, clock: Clock) -> float | None:
-    source = request.source.with_settings([override])
-    limit_s = clock.left() if clock.limited else None
-    options = replace(request.options, least_memory=False, time_limit_s=limit_s)
+@dataclass(frozen=True)
+class _End:
+    request: Request
+    setting: str
+    clock: Clock
+
+
+def _hfu_at(end: _End) -> tuple[float | None, bool]:
+    """Hardware utilization there, None without a plan; and whether there was time to tell."""
+    source = end.request.source.with_settings([end.setting])
+    limit_s = end.clock.left() if end.clock.limited else None
+    options = replace(end.request.options, least_memory=False, time_limit_s=limit_s)
     try:
-        planned = plan(replace(request, source=source, options=options))
+        found = plan(replace(end.request, source=source, options=options)).result.hfu
     except (ValueError, Unsolved):  # an end of the range may be no model, or have no plan
-        return None
-    return planned.result.hfu
+        found = None
+    return found, not end.clock.over()
 
 
 def price_plan(request: Request, stored: PlanFile) -> Planned:

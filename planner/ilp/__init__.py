@@ -9,9 +9,9 @@ from __future__ import annotations
 from planner.ilp.evaluate import Evaluation, evaluate
 from planner.ilp.problem import Edge, Outcome, Problem, Usage
 from planner.ilp.quick_bound import quick_bound
-from planner.ilp.solver import BACKENDS, solve
+from planner.ilp.solver import BACKENDS, Look, solve
 
 __all__ = [
-    "BACKENDS", "Edge", "Evaluation", "Outcome", "Problem", "Usage", "evaluate", "quick_bound",
-    "solve",
+    "BACKENDS", "Edge", "Evaluation", "Look", "Outcome", "Problem", "Usage", "evaluate",
+    "quick_bound", "solve",
 ]  # fmt: skip

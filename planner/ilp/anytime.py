@@ -33,6 +33,8 @@ SMALL_CELLS = 500_000
 """Finite matrix entries up to which branch and bound is worth trying on the whole."""
 DUAL_SHARE = 0.5
 """Part of the time that the first ascent may take once a choice fits."""
+FAR = 0.05
+"""At a gap above this a limit on the work does not end the first ascent."""
 NEAR = 0.005
 """The first ascent ends when its target has come within this share of the bound."""
 FIRST_SHARE = 0.1
@@ -60,7 +62,8 @@ MEMORY_FIRST = 1e-3
 class Anytime:
     """The search on one presolved problem. `choice` (indexed by node, not expanded) fits.
 
-    A choice that costs at most the share `gap` above the bound ends it.
+    A choice that costs at most the share `gap` above the bound ends it; so does, at the first one
+    within the share `look_gap`, `look` (choice, bound) if it says that this is not worth while.
     """
 
     work: Work
@@ -68,6 +71,8 @@ class Anytime:
     seed: int = 0
     work_limit: int | None = None
     gap: float = 0.0
+    look_gap: float = 0.0
+    look: Callable[[Ints, float], bool] | None = None
     report: Callable[[float, float, Ints | None], None] | None = None
     try_exact: bool = True
     pair: bool = False
@@ -76,6 +81,8 @@ class Anytime:
     cost: float = np.inf
     bound: float = -np.inf
     status: str = "stopped"
+    futile: bool = False
+    """Whether `look` has ended the search."""
     inner: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def run(self) -> exact.Search:
@@ -122,22 +129,26 @@ class Anytime:
 
     def _exact(self, clock: Clock) -> bool:
         """Branch and bound on everything; True when it finished or came close enough."""
-        found = exact.search(
-            self.work, clock=clock, nodes=self.work_limit, gap=self.gap, upper=self.cost,
-            seed=self.seed,
-        )  # fmt: skip
-        if found.choice is not None:
-            self.take_inner(found.choice, self.work.price(found.choice), found.bound)
-        if found.status == "optimal":
-            self.status = "optimal"
-            return True
-        if found.status == "infeasible":
-            self.status = "infeasible" if self.choice is None else "optimal"
-            return True
-        self.take(None, np.inf, found.bound)
+        for gap in (self.gap,) if self.look is None else (self.look_gap, self.gap):
+            found = exact.search(
+                self.work, clock=clock, nodes=self.work_limit, gap=gap, upper=self.cost,
+                seed=self.seed,
+            )  # fmt: skip
+            if found.choice is not None:
+                self.take_inner(found.choice, self.work.price(found.choice), found.bound)
+            if found.status == "optimal":
+                self.status = "optimal"
+                return True
+            if found.status == "infeasible":
+                self.status = "infeasible" if self.choice is None else "optimal"
+                return True
+            self.take(None, np.inf, found.bound)
+            if self._closed():
+                return True
+            if self.cost - self.bound > gap * abs(self.cost):
+                break
         # Cut short by the work limit, not by the clock, with something to show: that is all.
-        spent = self.work_limit is not None and not clock.over()
-        return self._closed() or (spent and self.choice is not None)
+        return self.work_limit is not None and not clock.over() and self.choice is not None
 
     def _first(self, dual: Dual) -> None:
         """Rounds of the dual until a choice fits."""
@@ -155,7 +166,7 @@ class Anytime:
             self._talk(dual, other)
             if self._closed():
                 return
-            if self._bounded and dual.rounds >= rounds:
+            if self._bounded and dual.rounds >= (DUAL_ROUNDS if self._far() else rounds):
                 return
             if self.choice is not None and dual.distance < NEAR:
                 return
@@ -261,6 +272,10 @@ class Anytime:
         if news and self.report is not None:
             self.report(self.cost, self.bound, self.choice if better else None)
 
+    def _far(self) -> bool:
+        """Whether neighbourhoods of the choice would hardly lead to where the bound is."""
+        return self.choice is None or self.cost - self.bound > FAR * abs(self.cost)
+
     def _closed(self) -> bool:
         """Bound and cost agree to rounding, or as much as was asked for."""
         if self.choice is None:
@@ -269,7 +284,10 @@ class Anytime:
         if between <= 1e-12 * abs(self.cost):
             self.status = "optimal"
             return True
-        return between <= self.gap * abs(self.cost)
+        if self.look is not None and between <= self.look_gap * abs(self.cost):
+            self.futile = not self.look(self.choice, self.bound)
+            self.look = None
+        return self.futile or between <= self.gap * abs(self.cost)
 
 
 @dataclass

@@ -11,7 +11,7 @@ The same with one edge held at a given l forbids the pair (b, l) instead of the 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -125,7 +125,8 @@ def drop_dominated(work: Work, n: int) -> bool:
     """Removes dominated strategies of `n`; of equals the first stays. True if any went.
 
     Comparing two is linear in the neighbours' strategies, so pairs are first compared where the
-    neighbours suit b best: few strategies are better even there.
+    neighbours suit b best: few strategies are better even there. What is better there by most
+    comes before the others, since one is enough.
     """
     if work.size(n) < 2:
         return False
@@ -133,24 +134,37 @@ def drop_dominated(work: Work, n: int) -> bool:
     costs = list(work.adj[n].values())
     at_best = [change_at_best(cost) for cost in costs]
     with np.errstate(invalid="ignore"):
-        hopeful = sum(at_best, own) <= 0
+        change = sum(at_best, own)
+    hopeful = change <= 0
     np.fill_diagonal(hopeful, False)
-    a, b = np.nonzero(hopeful)
-    parts = [own[a, b], *(change[a, b] for change in at_best)]
-    for k, cost in enumerate(costs, 1):
-        if not len(a):
-            return False
-        parts[k] = worst_of_pairs(cost, a, b)
-        with np.errstate(invalid="ignore"):
-            left = sum(parts) <= 0
-        a, b, parts = a[left], b[left], [part[left] for part in parts]
-    beats = np.zeros_like(hopeful)
-    beats[a, b] = True
+    b = np.flatnonzero(hopeful.any(axis=0))
+    a = np.where(hopeful, change, np.inf).argmin(axis=0)[b]
+    beats = _beats(own, costs, at_best, a, b)
+    hopeful[a, b] = False
+    hopeful[:, beats.any(axis=0)] = False
+    beats |= _beats(own, costs, at_best, *np.nonzero(hopeful))
     kept = undominated(beats)
     if len(kept) == work.size(n):
         return False
     work.keep(n, kept)
     return True
+
+
+def _beats(
+    own: Matrix, costs: Sequence[Matrix], at_best: Sequence[Matrix], a: Ints, b: Ints
+) -> Mask:
+    """[a, b]: the pairs (a[i], b[i]) of which the first dominates the second."""
+    parts = [own[a, b], *(change[a, b] for change in at_best)]
+    for k, cost in enumerate(costs, 1):
+        if not len(a):
+            break
+        parts[k] = worst_of_pairs(cost, a, b)
+        with np.errstate(invalid="ignore"):
+            left = sum(parts) <= 0
+        a, b, parts = a[left], b[left], [part[left] for part in parts]
+    beats = np.zeros(own.shape, dtype=bool)
+    beats[a, b] = True
+    return beats
 
 
 def change_at_best(cost: Matrix) -> Matrix:

@@ -7,8 +7,11 @@ solver claims, the cost in the outcome is the plain evaluation of its choice.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.ilp import elimination, exact, pulp_model
 from planner.ilp.anytime import Anytime
@@ -24,31 +27,45 @@ FREE_NODES = 5_000
 contest problem the limit binds."""
 PRESOLVE_SHARE = 0.2
 """Part of a time limit that presolve may take."""
+Ints = NDArray[np.int64]
 Progress = Callable[[float, float], None]
+
+
+@dataclass(frozen=True)
+class Look:
+    """A question on the way: whether the first choice that costs at most the share `gap` above
+    the bound makes it worth while to go on."""
+
+    gap: float
+    worth: Callable[[Outcome], bool]
 
 
 def solve(
     problem: Problem, *, backend: str = "auto", time_limit: float | None = None,
     work_limit: int | None = None, seed: int = 0, warm_start: Sequence[int] | None = None,
-    gap: float = 0.0, progress: Progress | None = None,
+    gap: float = 0.0, progress: Progress | None = None, look: Look | None = None,
 ) -> Outcome:  # fmt: skip
     """Chooses a strategy per node: least cost, usages within the limit at all times.
 
     `time_limit` is in seconds; without it the search stops on `work_limit` (branch-and-bound
     nodes), which gives the same result every time. A cost proven to be at most the share `gap`
-    above the least is enough ("feasible"). `progress` gets incumbent and bound.
+    above the least is enough ("feasible"). `progress` gets incumbent and bound. `look` may end
+    the search early ("feasible"); backends other than "auto" and "lns" don't ask.
     Raises ValueError for an unknown backend or a malformed problem.
     """
     check_backend(backend)
     check(problem)
     clock = Clock.of(time_limit)
-    found = search(problem, backend, clock, work_limit, seed, warm_start, gap, progress)
+    found = search(
+        problem, backend, clock, work_limit, seed, warm_start, gap, progress, look=look
+    )
     return outcome_of(problem, found, warm_start, clock)
 
 
 def search(
     problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int,
     warm_start: Sequence[int] | None, gap: float, progress: Progress | None, pair: bool = False,
+    look: Look | None = None,
 ) -> exact.Search:  # fmt: skip
     """The backend's own result, not yet priced. The problem must have passed `check`.
 
@@ -58,7 +75,7 @@ def search(
         seconds = clock.left() if clock.limited else None
         return pulp_model.search(problem, backend, seconds, work_limit, warm_start, gap)
     try:
-        return _reduced(problem, backend, clock, work_limit, seed, gap, progress, pair)
+        return _reduced(problem, backend, clock, work_limit, seed, gap, progress, pair, look)
     except Infeasible:
         return exact.Search("infeasible", None, np.inf)
 
@@ -90,7 +107,7 @@ def check(problem: Problem) -> None:
 
 def _reduced(
     problem: Problem, backend: str, clock: Clock, work_limit: int | None, seed: int, gap: float,
-    progress: Progress | None, pair: bool,
+    progress: Progress | None, pair: bool, look: Look | None,
 ) -> exact.Search:  # fmt: skip
     """Presolve, then elimination where it is enough, else the anytime search."""
     work = Work(problem)
@@ -100,8 +117,17 @@ def _reduced(
         if free is not None and free.choice is not None and evaluate(problem, free.choice).fits:
             return free
     report = None if progress is None else (lambda cost, bound, _: progress(cost, bound))
-    exactly = backend == "auto"
-    return Anytime(work, clock, seed, work_limit, gap, report, exactly, pair).run()
+    anytime = Anytime(
+        work, clock, seed, work_limit, gap, report=report, try_exact=backend == "auto", pair=pair
+    )
+    if look is not None:
+        anytime.look_gap, anytime.look = look.gap, partial(_worth, problem, clock, look)
+    return anytime.run()
+
+
+def _worth(problem: Problem, clock: Clock, look: Look, choice: Ints, bound: float) -> bool:
+    found = exact.Search("feasible", choice, bound)
+    return look.worth(outcome_of(problem, found, None, clock))
 
 
 def _without_memory(work: Work, clock: Clock) -> exact.Search | None:

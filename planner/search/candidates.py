@@ -164,12 +164,14 @@ class _Search:
 
     def run(self, candidates: Sequence[Trial]) -> list[Trial]:
         self.candidates = candidates
-        self.trials = self._bounded()
+        self.trials = list(candidates)
+        self._bound([i for i, t in enumerate(candidates) if not self._follows(t)])
         order = sorted(range(len(self.trials)), key=lambda i: self.trials[i].bound_s)
         staged = [i for i, t in enumerate(self.trials) if t.staged]
         few = [i for i in order if self.trials[i].ordinary and i not in staged]
         more = [i for i in order if i not in few and i not in staged]
         self._plan(few, patience=len(few))
+        self._bound([i for i in more if self._follows(self.trials[i]) and self._joined_s(i) == inf])
         self._plan(sorted(more, key=self._promise), patience=PATIENCE)
         self._plan(staged, patience=STAGED_PATIENCE)
         found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
@@ -177,9 +179,14 @@ class _Search:
             found = self._least_memory(found)
         return found
 
-    def _bounded(self) -> list[Trial]:
-        calls = [_Call(self.model, trial, self.options) for trial in self.candidates]
-        return self._each(_bound, calls, "bounding")
+    def _follows(self, trial: Trial) -> bool:
+        """Whether no bound is needed, since joined axes will tell when it is this one's turn."""
+        return bool(trial.mesh.chip.overlap) and trial.remat is None and not trial.staged
+
+    def _bound(self, those: Sequence[int]) -> None:
+        calls = [_Call(self.model, self.trials[i], self.options) for i in those]
+        for i, trial in zip(those, self._each(_bound, calls, "bounding"), strict=True):
+            self.trials[i] = trial
 
     def _plan(self, order: Sequence[int], patience: int) -> None:
         """Plans the trials of these numbers in batches, as long as there is hope and time."""
@@ -201,17 +208,20 @@ class _Search:
                     self.best_s = min(self.best_s, trial.step_time_s)
 
     def _to_beat(self, i: int) -> float:
-        """Where bounds say little, and planning takes long, a first look may settle a trial."""
+        """Bounds that grow on the way may settle a trial; where they say little, and planning
+        takes long, a first look."""
         trial = self.trials[i]
-        looks = trial.mesh.chip.overlap and not trial.ordinary and not trial.staged
-        return self.best_s if looks else inf
+        settles = not trial.ordinary or not trial.mesh.chip.overlap
+        return self.best_s if settles and not trial.staged else inf
 
     def _promise(self, i: int) -> tuple[float, float]:
         """Sorts trials by their step times with two axes joined, where known, and by bound."""
+        return self._joined_s(i), self.trials[i].bound_s
+
+    def _joined_s(self, i: int) -> float:
         known = self._known()
         joined = (known.get(alike(m)) for _, m in tied_meshes(self.trials[i].mesh, {}))
-        times = [seen.step_s for seen in joined if seen is not None]
-        return min(times, default=inf), self.trials[i].bound_s
+        return min((seen.step_s for seen in joined if seen is not None), default=inf)
 
     def _known(self) -> dict[Hashable, Seen]:
         """Of ordinary meshes what planning them has shown."""
@@ -281,7 +291,7 @@ def _bound(call: _Call) -> Trial:
     try:
         return replace(call.trial, bound_s=bound(model, call.trial.mesh))
     except PinError as error:
-        return _impossible(call.trial, f"constraint {error}")
+        return _conflict(call.trial, error)
 
 
 def _plan(call: _Call) -> Trial:
@@ -296,12 +306,16 @@ def _plan(call: _Call) -> Trial:
         return _told(call.trial, TOO_LARGE, error.result, error.explanation)
     except NothingFits:
         return replace(call.trial, outcome=TOO_LARGE)
-    except NoPromise:
-        return replace(trial, outcome=LOOKED_SLOWER)
+    except NoPromise as error:
+        bound_s = max(trial.bound_s, error.bound_s)
+        outcome = LOOKED_SLOWER if trial.mesh.chip.overlap else SLOWER
+        return replace(trial, outcome=outcome, bound_s=bound_s)
     except Unsolved as error:
         return replace(call.trial, outcome=UNSOLVED, explanation=(str(error),))
     except PipelineError as error:
         return _impossible(call.trial, str(error))
+    except PinError as error:
+        return _conflict(call.trial, error)
     return _shown(_told(call.trial, FITS, result), result)
 
 
@@ -312,6 +326,10 @@ def _shown(trial: Trial, result: Result) -> Trial:
     if trial.staged or not shows or not isinstance(program, Program):
         return trial
     return replace(trial, exposed=exposed_shares(program, trial.mesh))
+
+
+def _conflict(trial: Trial, error: PinError) -> Trial:
+    return _impossible(trial, f"constraint {error}")
 
 
 def _impossible(trial: Trial, why: str) -> Trial:
