@@ -21,7 +21,10 @@ from planner.sharding.spec import Spec
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 # Functions of the program, written if they are called.
-HELPERS = ("product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise")
+HELPERS = (
+    "product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise", "put", "pop",
+    "chosen_round",
+)  # fmt: skip
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
     "saved", *HELPERS,

@@ -27,7 +27,7 @@ def result_program(result: Result) -> str:
     """Source of the program that follows a plan."""
     model, pipeline, axes = result.model, result.model.pipeline, dict(result.mesh.axes)
     if pipeline is not None and not pipeline.inside:
-        model = stacked(model, pipeline.axis, axes[pipeline.axis])
+        model = stacked(model, pipeline.axis, axes[pipeline.axis], pipeline.interleave)
     return jax_program(model, result.mesh, placement(result))
 
 
@@ -439,9 +439,47 @@ def max_pool_slicewise(x, window, strides, padding):
     return best
 '''
 
+_SLOTS = '''
+@jax.custom_vjp
+def put(buffer, row, slot):
+    """`buffer` [slots, ...] with `row` in `slot`."""
+    return lax.dynamic_update_index_in_dim(buffer, row, slot, 0)
+
+
+@jax.custom_vjp
+def pop(buffer, slot):
+    """What `slot` of `buffer` holds, and the buffer with zeros there.
+
+    Either function is the other's derivative, so neither makes a gradient of the buffer's size.
+    """
+    row = lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
+    return row, put(buffer, jnp.zeros_like(row), slot)
+
+
+put.defvjp(
+    lambda b, row, slot: (put(b, row, slot), slot), lambda slot, g: (*pop(g, slot)[::-1], None)
+)
+pop.defvjp(lambda b, slot: (pop(b, slot), slot), lambda slot, g: (put(*g[::-1], slot), None))
+'''
+
+_ROUNDS = '''
+def chosen_round(stacks, tick, turns):
+    """Every stage's layers in a tick: [rounds, layers, stages, ...] -> [layers, stages, ...].
+
+    A stage begins a round one tick after the stage before it and stays `turns` ticks, so no more
+    than two rounds are at work: slices and a choice, whose gradients are added in place.
+    """
+    stages, last = stacks.shape[2], stacks.shape[0] - 1
+    newest, oldest = (jnp.clip(t // turns, 0, last) for t in (tick, tick - stages + 1))
+    new, old = (lax.dynamic_index_in_dim(stacks, r, 0, keepdims=False) for r in (newest, oldest))
+    begun = jnp.arange(stages) <= tick - newest * turns
+    return jnp.where(begun.reshape(1, -1, *(1,) * (new.ndim - 2)), new, old)
+'''
+
 _FUNCTIONS = {  # written if one of them is called
     ("softmax",): _SOFTMAX, ("product",): _PRODUCT,
-    ("slicewise", "spread_slicewise", "max_pool_slicewise"): _SLICEWISE,
+    ("slicewise", "spread_slicewise", "max_pool_slicewise"): _SLICEWISE, ("put", "pop"): _SLOTS,
+    ("chosen_round",): _ROUNDS,
 }  # fmt: skip
 
 _ONE_STEP = '''
