@@ -23,7 +23,7 @@ LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 # Functions of the program, written if they are called.
 HELPERS = (
     "product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise", "put", "pop",
-    "chosen_round",
+    "chosen_round", "rotated",
 )  # fmt: skip
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
@@ -47,6 +47,7 @@ class LossWriter:
     apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
     own_softmax: bool = False
     sliced: Collection[str] = ()  # convolutions by the program's own function
+    rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -100,7 +101,10 @@ class LossWriter:
         )  # fmt: skip
         for a in statements(text):
             code = a.code
-            self.helpers |= {h for h in HELPERS if code.startswith(f"{h}(")}
+            if op.attrs.get("onehot") == "choose" and op.ins[0] in self.rounds:
+                read = self.rounds[op.ins[0]][0]
+                code = f"copy({code}, {partition(Spec(read.dims[1:]))})"
+            self.helpers |= {h for h in HELPERS if a.code.startswith(f"{h}(")}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)
@@ -168,6 +172,7 @@ class LossWriter:
         inits = [self._read(loop.name, k.init) for k in loop.carries]
         stacks = {self._key(s, loop): self._operand(s.outer) for s in loop.reads}
         own = f"{loop.name}."
+        copies = self._rounds(loop, prefix)
         function = self._variable(loop.name, prefix)
         for s in loop.reads:
             self.variables[s.inner] = f'w["{self._key(s, loop)}"]'
@@ -193,6 +198,7 @@ class LossWriter:
         back = ", reverse=True" if loop.reverse else ""
         call = f"lax.scan({function}, {_several(inits)}, {{{items}}}, length={loop.times}{back})"
         return [
+            *copies,
             "",
             *(() if loop.of_parts else (self._decorator(),)),
             f"def {function}({argument}, w):",
@@ -200,6 +206,19 @@ class LossWriter:
             "",
             *wrapped(f"{_several(results)}, {_several(stacked) if stacked else '_'} = {call}"),
         ]
+
+    def _rounds(self, loop: Loop, prefix: str) -> list[str]:
+        """Parameters of which every iteration reads another part, as it reads them."""
+        lines = []
+        for op in loop.body.nodes:
+            if isinstance(op, Op) and op.attrs.get("onehot") == "choose":
+                name, code = op.ins[0], self._operand(op.ins[0])
+                if name in self.rounds:
+                    where = ", ".join(partition(s) for s in self.rounds[name] if s is not None)
+                    variable = self._variable(f"{name}.read", prefix)
+                    self.variables[name] = variable
+                    lines += wrapped(f"{variable} = copy({code}, {where})")
+        return lines
 
     def _key(self, stack: Stack, loop: Loop) -> str:
         return stack.outer.replace("[i]", "").removeprefix(f"{loop.name}.")

@@ -384,7 +384,7 @@ def _shift(t: OpText) -> list[Assignment]:
     """Padding on one side and cutting on the other: XLA exchanges the edges of the blocks."""
     a, rank = t.op.attrs, len(t.ins[0].shape)
     if a["wrap"]:
-        return _one(f"jnp.roll({t.names[0]}, {a['by']}, axis={a['axis']})")
+        return _one(f"rotated({t.names[0]}, {a['by']}, {a['axis']})")
     config = [(a["by"], -a["by"], 0) if i == a["axis"] else (0, 0, 0) for i in range(rank)]
     return _one(f"lax.pad({t.names[0]}, jnp.zeros((), {t.names[0]}.dtype), {config})")
 

@@ -51,7 +51,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
         graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
-        place.apart, place.softmax, place.sliced,
+        place.apart, place.softmax, place.sliced, place.rounds,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers
     parts = [
@@ -462,6 +462,19 @@ put.defvjp(
 pop.defvjp(lambda b, slot: (pop(b, slot), slot), lambda slot, g: (put(*g[::-1], slot), None))
 '''
 
+_ROTATED = '''
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def rotated(x, by, axis):
+    """jnp.roll, whose gradient is rotated back: a sum of padded parts would move twice as much."""
+    return jnp.roll(x, by, axis)
+
+
+rotated.defvjp(
+    lambda x, by, axis: (rotated(x, by, axis), None),
+    lambda by, axis, _, g: (rotated(g, -by, axis),),
+)
+'''
+
 _ROUNDS = '''
 def chosen_round(stacks, tick, turns):
     """Every stage's layers in a tick: [rounds, layers, stages, ...] -> [layers, stages, ...].
@@ -479,7 +492,7 @@ def chosen_round(stacks, tick, turns):
 _FUNCTIONS = {  # written if one of them is called
     ("softmax",): _SOFTMAX, ("product",): _PRODUCT,
     ("slicewise", "spread_slicewise", "max_pool_slicewise"): _SLICEWISE, ("put", "pop"): _SLOTS,
-    ("chosen_round",): _ROUNDS,
+    ("chosen_round",): _ROUNDS, ("rotated",): _ROTATED,
 }  # fmt: skip
 
 _ONE_STEP = '''

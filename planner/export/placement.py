@@ -59,7 +59,8 @@ class Placement:
     whose two gradients are made one right after the other. `apart`: tensors whose gradients do not
     lie as they do, and where these lie, or None where that is left open. `softmax`: whether the
     gradient of softmax is made of its result, as planned, by a function of the program's own.
-    `sliced`: convolutions whose slices are made the samples of a batch."""
+    `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
+    circular pipeline as its ticks read them, and where their gradients add up (None is open)."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
@@ -69,6 +70,7 @@ class Placement:
     apart: Mapping[str, Spec | None] = field(default_factory=dict)
     softmax: bool = False
     sliced: Collection[str] = ()
+    rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
 
 
 def placement(result: Result) -> Placement:
@@ -82,7 +84,7 @@ def placement(result: Result) -> Placement:
     gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
-        if op.phase != "forward" or choice is None:
+        if op.phase != "forward" or choice is None or op.attrs.get("onehot") == "choose":
             continue
         operands = _operands(op, result)
         for name, spec in operands.items():
@@ -105,7 +107,7 @@ def placement(result: Result) -> Placement:
     apart = {**_apart(result, specs, tensors), **dict.fromkeys(_free_casts(result))}
     return Placement(
         specs, uses, sums, gradients, {op for op, _ in together}, apart, softmax=gpu,
-        sliced=_sliced(result),
+        sliced=_sliced(result), rounds=_rounds(result),
     )  # fmt: skip
 
 
@@ -335,6 +337,17 @@ def _bound(home: Spec, copy: Spec) -> bool:
         return True
     both = zip(home.dims, copy.dims, strict=True)
     return any(rest and len(rest) < len(axes) and set(rest) < set(axes) for axes, rest in both)
+
+
+def _rounds(result: Result) -> dict[str, tuple[Spec, Spec | None]]:
+    found = {}
+    for op, _ in result.graph.walk():
+        if op.attrs.get("onehot") == "choose" and op.phase == "forward":
+            summed = result.specs.get(f"{op.ins[0]}.grad.out")
+            whole = summed is None or summed.partial
+            read = result.plan.choices[op.name].operand(op.rule, 0)
+            found[op.ins[0]] = read, None if whole else summed
+    return found
 
 
 def _keeps(home: Spec, copy: Spec) -> bool:
