@@ -53,6 +53,8 @@ class LossWriter:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameter_of: dict[str, str] = field(default_factory=dict)  # slice in a body → its parameter
     labels: list[str] = field(default_factory=list)  # of what bodies save
+    ticks: set[str] = field(default_factory=set)  # loops whose layers are of several rounds
+    entries: list[str] = field(default_factory=list)  # what these layers work on
     helpers: set[str] = field(default_factory=set)  # functions of the program that are called
 
     @cached_property
@@ -179,11 +181,15 @@ class LossWriter:
             if self.tensors[s.outer].role == "parameter":
                 self.parameter_of[s.inner] = self.parameter_of.get(s.outer, s.outer)
         entries = [self._variable(k.entry, own) for k in loop.carries]
-        head = [
-            f"{v} = {self._placed(k.entry, v)}"
-            for v, k in zip(entries, loop.carries, strict=True)
-            if k.entry in self.annotated
-        ]
+        in_rounds = prefix in self.ticks
+        if _chooses(loop):
+            self.ticks.add(own)
+        head = []
+        for v, k in zip(entries, loop.carries, strict=True):
+            code = f'saved({v}, "{v}")' if in_rounds else v
+            if in_rounds or k.entry in self.annotated:
+                head.append(f"{v} = {self._placed(k.entry, code)}")
+        self.entries += entries if in_rounds else []
         wanted = {k.exit for k in loop.carries} | {s.inner for s in loop.writes}
         body = self._scope(loop.body.nodes, wanted, own)
         exits = [self.variables[k.exit] for k in loop.carries]
@@ -200,7 +206,7 @@ class LossWriter:
         return [
             *copies,
             "",
-            *(() if loop.of_parts else (self._decorator(),)),
+            *self._decorators(loop),
             f"def {function}({argument}, w):",
             *(f"    {line}" if line else "" for line in [*first, *inside]),
             "",
@@ -223,10 +229,19 @@ class LossWriter:
     def _key(self, stack: Stack, loop: Loop) -> str:
         return stack.outer.replace("[i]", "").removeprefix(f"{loop.name}.")
 
-    def _decorator(self) -> str:
-        if not self.labels:
-            return "@partial(jax.checkpoint, prevent_cse=False)"
-        return "@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"
+    def _decorators(self, loop: Loop) -> list[str]:
+        """What a loop's body keeps; of parts of the batch it keeps everything but the parameters
+        that it chooses."""
+        if loop.of_parts:
+            keeps = ", policy=ROUNDS" if _chooses(loop) else None
+        else:
+            keeps = ", policy=SAVED" if self.labels else ""
+        return [] if keeps is None else [f"@partial(jax.checkpoint, prevent_cse=False{keeps})"]
+
+
+def _chooses(loop: Loop) -> bool:
+    nodes = (n for n in loop.body.nodes if isinstance(n, Op))
+    return any(n.attrs.get("onehot") == "choose" for n in nodes)
 
 
 def _live(nodes: Sequence[Node], wanted: Collection[str]) -> list[Node]:

@@ -59,7 +59,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _mesh_source(mesh),
         tables.source(),
         _stacks_source(tables, model.members),
-        _saved_source(writer.labels),
+        _saved_source(writer),
         _HELPERS.strip("\n").split("\n"),
         *(t.strip("\n").split("\n") for names, t in _FUNCTIONS.items() if used & {*names}),
         ["def loss_fn(params, batch, mesh=None):",
@@ -203,14 +203,21 @@ def _stacks_source(tables: _Tables, members: Mapping[str, Sequence[str]]) -> lis
     ]
 
 
-def _saved_source(labels: Sequence[str]) -> list[str]:
-    if not labels:
-        return []
-    quoted = ", ".join(f'"{label}"' for label in labels)
-    return [
-        "# What the backward pass keeps of every layer; all else is computed again.",
-        *wrapped(f"SAVED = jax.checkpoint_policies.save_only_these_names({quoted})"),
-    ]
+def _saved_source(writer: LossWriter) -> list[str]:
+    kept = [("What the backward pass keeps of every layer; all else is computed again.", "SAVED",
+             writer.labels if writer.labels else [])]  # fmt: skip
+    if writer.entries:
+        kept.append(("What it keeps of every tick; parameters are chosen again.", "ROUNDS",
+                     [*writer.labels, *writer.entries]))  # fmt: skip
+    lines = []
+    for comment, name, labels in kept:
+        if labels:
+            quoted = ", ".join(f'"{label}"' for label in labels)
+            lines += [
+                f"# {comment}",
+                *wrapped(f"{name} = jax.checkpoint_policies.save_only_these_names({quoted})"),
+            ]
+    return lines
 
 
 def _step_source(training: Training) -> Sequence[str]:
