@@ -104,8 +104,8 @@ class LossWriter:
         for a in statements(text):
             code = a.code
             if op.attrs.get("onehot") == "choose" and op.ins[0] in self.rounds:
-                read = self.rounds[op.ins[0]][0]
-                code = f"copy({code}, {partition(Spec(read.dims[1:]))})"
+                whole = self.rounds[op.ins[0]][0]
+                code = f"copy({code}, {partition(Spec(whole.dims[1:]))})"
             self.helpers |= {h for h in HELPERS if a.code.startswith(f"{h}(")}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
