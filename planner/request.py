@@ -96,7 +96,8 @@ def plan(request: Request, progress: Progress | None = None) -> Planned:
     except PinError as error:
         raise InputError(f"{request.source.file}: constraint {error}") from None
     except PipelineError as error:
-        raise InputError(f"{request.source.place_of('pipeline')}: {error.message}", error.hint) from None
+        where = request.source.place_of("pipeline")
+        raise InputError(f"{where}: {error.message}", error.hint) from None
 
 
 def _searched(

@@ -23,7 +23,7 @@ LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 # Functions of the program, written if they are called.
 HELPERS = (
     "product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise", "put", "pop",
-    "chosen_round", "rotated",
+    "chosen_round", "lent", "rotated",
 )  # fmt: skip
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
@@ -89,6 +89,8 @@ class LossWriter:
         targets = [self._variable(n, prefix) for n in op.outs]
         read = reads(op)
         names = [self._read(op.name, op.ins[j]) if j in read else "" for j in range(len(op.ins))]
+        if op.attrs.get("onehot") == "choose":
+            names[0] = f"lax.stop_gradient({names[0]})"
         lines = []
         given = [self.gradients.get((op.name, name)) for name in op.ins]
         own = self.own_softmax and op.attrs.get("vjp") == "softmax"
@@ -106,6 +108,9 @@ class LossWriter:
             if op.attrs.get("onehot") == "choose" and op.ins[0] in self.rounds:
                 whole = self.rounds[op.ins[0]][0]
                 code = f"copy({code}, {partition(Spec(whole.dims[1:]))})"
+            if op.attrs.get("onehot") == "choose":
+                self.helpers.add("lent")
+                code = f'lent({code}, rounds["{op.outs[0]}"])'
             self.helpers |= {h for h in HELPERS if a.code.startswith(f"{h}(")}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
@@ -203,15 +208,31 @@ class LossWriter:
         items = ", ".join(f'"{k}": {v}' for k, v in stacks.items())
         back = ", reverse=True" if loop.reverse else ""
         call = f"lax.scan({function}, {_several(inits)}, {{{items}}}, length={loop.times}{back})"
+        tick, called = self._tick(loop, function, argument)
+        call = call.replace(f"({function},", f"({called},", 1)
         return [
             *copies,
             "",
             *self._decorators(loop),
-            f"def {function}({argument}, w):",
+            f"def {function}({argument}, w{', rounds' if tick else ''}):",
             *(f"    {line}" if line else "" for line in [*first, *inside]),
             "",
+            *tick,
             *wrapped(f"{_several(results)}, {_several(stacked) if stacked else '_'} = {call}"),
         ]
+
+    def _tick(self, loop: Loop, function: str, argument: str) -> tuple[list[str], str]:
+        """What calls `function` in every tick, and lends it parameters."""
+        if not _chooses(loop):
+            return [], function
+        name = self._variable(f"{function}.lent", "")
+        lines = [f"def {name}({argument}, w):", "    rounds = {"]
+        for op in loop.body.nodes:
+            if isinstance(op, Op) and op.attrs.get("onehot") == "choose":
+                ins = ", ".join(self._operand(i) for i in op.ins)
+                code = f'"{op.outs[0]}": chosen_round({ins}, {op.attrs["turns"]}),'
+                lines += [f"        {line}" for line in wrapped(code)]
+        return [*lines, "    }", f"    return {function}({argument}, w, rounds)", ""], name
 
     def _rounds(self, loop: Loop, prefix: str) -> list[str]:
         """Parameters of which every iteration reads another part, as it reads them."""

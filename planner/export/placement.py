@@ -23,6 +23,7 @@ from planner.lowering.halo import local_op
 from planner.lowering.slices import by_slices
 from planner.plan import Plan
 from planner.result import Result
+from planner.sharding.choices import bound_to
 from planner.sharding.formulate import mesh_resharder
 from planner.sharding.reshard import FREE, Move
 from planner.sharding.spec import Spec
@@ -93,7 +94,8 @@ def placement(result: Result) -> Placement:
                 continue
             if op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
                 continue  # compilers have better ways than gathering the table
-            uses[op.name, name] = Copy(spec, _bound(home, spec), ways.between(name, home, spec))
+            bound = _bound(home, spec) or _into_stages(op)
+            uses[op.name, name] = Copy(spec, bound, ways.between(name, home, spec))
         made = choice.result(op.rule, 0, order)
         gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
@@ -348,6 +350,13 @@ def _rounds(result: Result) -> dict[str, tuple[Spec, Spec | None]]:
             read = result.plan.choices[op.name].operand(op.rule, 0)
             found[op.ins[0]] = read, None if whole else summed
     return found
+
+
+def _into_stages(op: Op) -> bool:
+    """Whether a pipeline takes its inputs. Their gradients go back the same way: compilers gather
+    those of all microbatches."""
+    staged = {(i,) for i, f in enumerate(op.rule.factors) if bound_to(f.name)}
+    return bool(staged) and len(op.ins) == 1 and staged.isdisjoint(op.rule.ins[0])
 
 
 def _keeps(home: Spec, copy: Spec) -> bool:

@@ -1,12 +1,10 @@
-"""Circular pipelines as one JAX program: on eight virtual devices, and through XLA's TPU compiler."""
+"""Circular pipelines as one JAX program: on eight virtual devices, and by XLA's TPU compiler."""
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import pytest
 import meshes
 from planner.export.jax_program import result_program
 from planner.modelfile import load_model
-from planner.planning import plan_model, price_annotations
+from planner.planning import plan_model
 from planner.result import Result
 from planner.verify import text, verify
 
