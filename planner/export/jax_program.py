@@ -493,7 +493,19 @@ def chosen_round(stacks, tick, turns):
     newest, oldest = (jnp.clip(t // turns, 0, last) for t in (tick, tick - stages + 1))
     new, old = (lax.dynamic_index_in_dim(stacks, r, 0, keepdims=False) for r in (newest, oldest))
     begun = jnp.arange(stages) <= tick - newest * turns
-    return jnp.where(begun.reshape(1, -1, *(1,) * (new.ndim - 2)), new, old)
+    return _either(begun.reshape(1, -1, *(1,) * (new.ndim - 2)), new, old)
+
+
+@jax.custom_vjp
+def _either(first, a, b):
+    """jnp.where, which saves `first` as it is; JAX would as wide as the parameters."""
+    return jnp.where(first, a, b)
+
+
+_either.defvjp(
+    lambda first, a, b: (_either(first, a, b), first),
+    lambda first, g: (None, jnp.where(first, g, 0), jnp.where(first, 0, g)),
+)
 
 
 @jax.custom_vjp

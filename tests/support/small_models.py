@@ -132,6 +132,9 @@ def rearranged(b: Builder, batch: int = 4, width: int = 4) -> str:
     back = structural.reshape(b, merged, (batch, 8, width), ("B", "S", "D"))
     moved = windows.shift(b, back, "S", -1)
     turned = windows.shift(b, windows.shift(b, moved, "S", 2, wrap=True), "D", -1, wrap=True)
+    slots = [b.map(name, [], (), ex.c(n), dtype="i32") for name, n in (("taken", 0), ("left", 1))]
+    row, rest = structural.pop(b, turned, slots[0])
+    turned = structural.put(b, rest, row, slots[1])
     joined = structural.concat(b, [windows.shift(b, turned, "B", 2), y], "D")
     ordered, _ = structural.sort(b, joined, "S")
     running = structural.cumsum(b, ordered, "S", reverse=True)
