@@ -22,6 +22,7 @@ from planner.export.stamp import Stale, Stamp
 from planner.ilp.clock import Clock
 from planner.model import Model
 from planner.pins import Annotation, PinError
+from planner.pipelining.pieces import PipelineError
 from planner.placing import Machine, place
 from planner.planning import (
     Infeasible,
@@ -97,6 +98,9 @@ def plan(request: Request, progress: Progress | None = None) -> Planned:
         return _searched(request, model, machine, candidates, progress)
     except PinError as error:
         raise InputError(f"{request.source.file}: constraint {error}") from None
+    except PipelineError as error:
+        where = request.source.place_of("pipeline")
+        raise InputError(f"{where}: {error.message}", error.hint) from None
 
 
 def _searched(

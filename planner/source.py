@@ -50,6 +50,12 @@ class Source:
         """Where the model's own relative paths start."""
         return Path(self.file).parent
 
+    def place_of(self, key: str) -> str:
+        """File and line of a top-level key, the file alone where it is not found."""
+        found = re.search(rf"^{key}:", self.text, re.MULTILINE)
+        line = f":{self.text.count(chr(10), 0, found.start()) + 1}" if found else ""
+        return f"{self.file}{line}"
+
     def portable(self) -> Source:
         """The source as a plan file keeps it: without folders of this machine."""
         return replace(self, argument=Path(self.argument).name, file=Path(self.file).name)

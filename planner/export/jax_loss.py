@@ -21,7 +21,10 @@ from planner.sharding.spec import Spec
 
 LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 # Functions of the program, written if they are called.
-HELPERS = ("product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise")
+HELPERS = (
+    "product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise", "put", "pop",
+    "chosen_round", "lent", "rotated",
+)  # fmt: skip
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
     "saved", *HELPERS,
@@ -44,11 +47,14 @@ class LossWriter:
     apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
     own_softmax: bool = False
     sliced: Collection[str] = ()  # convolutions by the program's own function
+    rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     parameter_of: dict[str, str] = field(default_factory=dict)  # slice in a body → its parameter
     labels: list[str] = field(default_factory=list)  # of what bodies save
+    ticks: set[str] = field(default_factory=set)  # loops whose layers are of several rounds
+    entries: list[str] = field(default_factory=list)  # what these layers work on
     helpers: set[str] = field(default_factory=set)  # functions of the program that are called
 
     @cached_property
@@ -83,6 +89,8 @@ class LossWriter:
         targets = [self._variable(n, prefix) for n in op.outs]
         read = reads(op)
         names = [self._read(op.name, op.ins[j]) if j in read else "" for j in range(len(op.ins))]
+        if op.attrs.get("onehot") == "choose":
+            names[0] = f"lax.stop_gradient({names[0]})"
         lines = []
         given = [self.gradients.get((op.name, name)) for name in op.ins]
         own = self.own_softmax and op.attrs.get("vjp") == "softmax"
@@ -97,7 +105,13 @@ class LossWriter:
         )  # fmt: skip
         for a in statements(text):
             code = a.code
-            self.helpers |= {h for h in HELPERS if code.startswith(f"{h}(")}
+            if op.attrs.get("onehot") == "choose" and op.ins[0] in self.rounds:
+                whole = self.rounds[op.ins[0]][0]
+                code = f"copy({code}, {partition(Spec(whole.dims[1:]))})"
+            if op.attrs.get("onehot") == "choose":
+                self.helpers.add("lent")
+                code = f'lent({code}, rounds["{op.outs[0]}"])'
+            self.helpers |= {h for h in HELPERS if a.code.startswith(f"{h}(")}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)
@@ -165,17 +179,22 @@ class LossWriter:
         inits = [self._read(loop.name, k.init) for k in loop.carries]
         stacks = {self._key(s, loop): self._operand(s.outer) for s in loop.reads}
         own = f"{loop.name}."
+        copies = self._rounds(loop, prefix)
         function = self._variable(loop.name, prefix)
         for s in loop.reads:
             self.variables[s.inner] = f'w["{self._key(s, loop)}"]'
             if self.tensors[s.outer].role == "parameter":
                 self.parameter_of[s.inner] = self.parameter_of.get(s.outer, s.outer)
         entries = [self._variable(k.entry, own) for k in loop.carries]
-        head = [
-            f"{v} = {self._placed(k.entry, v)}"
-            for v, k in zip(entries, loop.carries, strict=True)
-            if k.entry in self.annotated
-        ]
+        in_rounds = prefix in self.ticks
+        if _chooses(loop):
+            self.ticks.add(own)
+        head = []
+        for v, k in zip(entries, loop.carries, strict=True):
+            code = f'saved({v}, "{v}")' if in_rounds else v
+            if in_rounds or k.entry in self.annotated:
+                head.append(f"{v} = {self._placed(k.entry, code)}")
+        self.entries += entries if in_rounds else []
         wanted = {k.exit for k in loop.carries} | {s.inner for s in loop.writes}
         body = self._scope(loop.body.nodes, wanted, own)
         exits = [self.variables[k.exit] for k in loop.carries]
@@ -189,22 +208,61 @@ class LossWriter:
         items = ", ".join(f'"{k}": {v}' for k, v in stacks.items())
         back = ", reverse=True" if loop.reverse else ""
         call = f"lax.scan({function}, {_several(inits)}, {{{items}}}, length={loop.times}{back})"
+        tick, called = self._tick(loop, function, argument)
+        call = call.replace(f"({function},", f"({called},", 1)
         return [
+            *copies,
             "",
-            *(() if loop.of_parts else (self._decorator(),)),
-            f"def {function}({argument}, w):",
+            *self._decorators(loop),
+            f"def {function}({argument}, w{', rounds' if tick else ''}):",
             *(f"    {line}" if line else "" for line in [*first, *inside]),
             "",
+            *tick,
             *wrapped(f"{_several(results)}, {_several(stacked) if stacked else '_'} = {call}"),
         ]
+
+    def _tick(self, loop: Loop, function: str, argument: str) -> tuple[list[str], str]:
+        """What calls `function` in every tick, and lends it parameters."""
+        if not _chooses(loop):
+            return [], function
+        name = self._variable(f"{function}.lent", "")
+        lines = [f"def {name}({argument}, w):", "    rounds = {"]
+        for op in loop.body.nodes:
+            if isinstance(op, Op) and op.attrs.get("onehot") == "choose":
+                ins = ", ".join(self._operand(i) for i in op.ins)
+                code = f'"{op.outs[0]}": chosen_round({ins}, {op.attrs["turns"]}),'
+                lines += [f"        {line}" for line in wrapped(code)]
+        return [*lines, "    }", f"    return {function}({argument}, w, rounds)", ""], name
+
+    def _rounds(self, loop: Loop, prefix: str) -> list[str]:
+        """Parameters of which every iteration reads another part, as it reads them."""
+        lines = []
+        for op in loop.body.nodes:
+            if isinstance(op, Op) and op.attrs.get("onehot") == "choose":
+                name, code = op.ins[0], self._operand(op.ins[0])
+                if name in self.rounds:
+                    where = ", ".join(partition(s) for s in self.rounds[name] if s is not None)
+                    variable = self._variable(f"{name}.read", prefix)
+                    self.variables[name] = variable
+                    lines += wrapped(f"{variable} = copy({code}, {where})")
+        return lines
 
     def _key(self, stack: Stack, loop: Loop) -> str:
         return stack.outer.replace("[i]", "").removeprefix(f"{loop.name}.")
 
-    def _decorator(self) -> str:
-        if not self.labels:
-            return "@partial(jax.checkpoint, prevent_cse=False)"
-        return "@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"
+    def _decorators(self, loop: Loop) -> list[str]:
+        """What a loop's body keeps; of parts of the batch it keeps everything but the parameters
+        that it chooses."""
+        if loop.of_parts:
+            keeps = ", policy=ROUNDS" if _chooses(loop) else None
+        else:
+            keeps = ", policy=SAVED" if self.labels else ""
+        return [] if keeps is None else [f"@partial(jax.checkpoint, prevent_cse=False{keeps})"]
+
+
+def _chooses(loop: Loop) -> bool:
+    nodes = (n for n in loop.body.nodes if isinstance(n, Op))
+    return any(n.attrs.get("onehot") == "choose" for n in nodes)
 
 
 def _live(nodes: Sequence[Node], wanted: Collection[str]) -> list[Node]:

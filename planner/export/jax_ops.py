@@ -72,6 +72,8 @@ def _one(code: str) -> list[Assignment]:
 def _map(t: OpText) -> list[Assignment]:
     if t.op.attrs.get("onehot") == "take":
         return _one(_as(f'jnp.take({t.names[0]}, {t.names[1]}, axis=0, mode="clip")', t, 0))
+    if t.op.attrs.get("onehot") == "choose":
+        return _one(f"chosen_round({t.names[0]}, {t.names[1]}, {t.op.attrs['turns']})")
     if t.op.attrs.get("vjp") == "softmax":
         return _one(_softmax(t))
     found = [Assignment((k,), _map_result(t, k)) for k in range(len(t.outs))]
@@ -370,11 +372,19 @@ def _pad(t: OpText) -> list[Assignment]:
     return _one(f"lax.pad({t.names[0]}, {value}, {config})")
 
 
+def _put(t: OpText) -> list[Assignment]:
+    return _one(f"put({', '.join(t.names)})")
+
+
+def _pop(t: OpText) -> list[Assignment]:
+    return [Assignment((0, 1), f"pop({', '.join(t.names)})")]
+
+
 def _shift(t: OpText) -> list[Assignment]:
     """Padding on one side and cutting on the other: XLA exchanges the edges of the blocks."""
     a, rank = t.op.attrs, len(t.ins[0].shape)
     if a["wrap"]:
-        return _one(f"jnp.roll({t.names[0]}, {a['by']}, axis={a['axis']})")
+        return _one(f"rotated({t.names[0]}, {a['by']}, {a['axis']})")
     config = [(a["by"], -a["by"], 0) if i == a["axis"] else (0, 0, 0) for i in range(rank)]
     return _one(f"lax.pad({t.names[0]}, jnp.zeros((), {t.names[0]}.dtype), {config})")
 
@@ -499,6 +509,8 @@ WRITERS: dict[str, Callable[[OpText], list[Assignment]]] = {
     "concat": _concat,
     "slice": _slice,
     "pad": _pad,
+    "put": _put,
+    "pop": _pop,
     "shift": _shift,
     "cumsum": _cumsum,
     "sort": _sort,

@@ -27,7 +27,7 @@ def result_program(result: Result) -> str:
     """Source of the program that follows a plan."""
     model, pipeline, axes = result.model, result.model.pipeline, dict(result.mesh.axes)
     if pipeline is not None and not pipeline.inside:
-        model = stacked(model, pipeline.axis, axes[pipeline.axis])
+        model = stacked(model, pipeline.axis, axes[pipeline.axis], pipeline.interleave)
     return jax_program(model, result.mesh, placement(result))
 
 
@@ -51,7 +51,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
         graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
-        place.apart, place.softmax, place.sliced,
+        place.apart, place.softmax, place.sliced, place.rounds,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers
     parts = [
@@ -59,7 +59,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _mesh_source(mesh),
         tables.source(),
         _stacks_source(tables, model.members),
-        _saved_source(writer.labels),
+        _saved_source(writer),
         _HELPERS.strip("\n").split("\n"),
         *(t.strip("\n").split("\n") for names, t in _FUNCTIONS.items() if used & {*names}),
         ["def loss_fn(params, batch, mesh=None):",
@@ -203,14 +203,21 @@ def _stacks_source(tables: _Tables, members: Mapping[str, Sequence[str]]) -> lis
     ]
 
 
-def _saved_source(labels: Sequence[str]) -> list[str]:
-    if not labels:
-        return []
-    quoted = ", ".join(f'"{label}"' for label in labels)
-    return [
-        "# What the backward pass keeps of every layer; all else is computed again.",
-        *wrapped(f"SAVED = jax.checkpoint_policies.save_only_these_names({quoted})"),
-    ]
+def _saved_source(writer: LossWriter) -> list[str]:
+    kept = [("What the backward pass keeps of every layer; all else is computed again.", "SAVED",
+             writer.labels if writer.labels else [])]  # fmt: skip
+    if writer.entries:
+        kept.append(("What it keeps of every tick; parameters are chosen again.", "ROUNDS",
+                     [*writer.labels, *writer.entries]))  # fmt: skip
+    lines = []
+    for comment, name, labels in kept:
+        if labels:
+            quoted = ", ".join(f'"{label}"' for label in labels)
+            lines += [
+                f"# {comment}",
+                *wrapped(f"{name} = jax.checkpoint_policies.save_only_these_names({quoted})"),
+            ]
+    return lines
 
 
 def _step_source(training: Training) -> Sequence[str]:
@@ -439,9 +446,82 @@ def max_pool_slicewise(x, window, strides, padding):
     return best
 '''
 
+_SLOTS = '''
+@jax.custom_vjp
+def put(buffer, row, slot):
+    """`buffer` [slots, ...] with `row` in `slot`."""
+    return lax.dynamic_update_index_in_dim(buffer, row, slot, 0)
+
+
+@jax.custom_vjp
+def pop(buffer, slot):
+    """What `slot` of `buffer` holds, and the buffer with zeros there.
+
+    Either function is the other's derivative, so neither makes a gradient of the buffer's size.
+    """
+    row = lax.dynamic_index_in_dim(buffer, slot, 0, keepdims=False)
+    return row, put(buffer, jnp.zeros_like(row), slot)
+
+
+put.defvjp(
+    lambda b, row, slot: (put(b, row, slot), slot), lambda slot, g: (*pop(g, slot)[::-1], None)
+)
+pop.defvjp(lambda b, slot: (pop(b, slot), slot), lambda slot, g: (put(*g[::-1], slot), None))
+'''
+
+_ROTATED = '''
+@partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def rotated(x, by, axis):
+    """jnp.roll, whose gradient is rotated back: a sum of padded parts would move twice as much."""
+    return jnp.roll(x, by, axis)
+
+
+rotated.defvjp(
+    lambda x, by, axis: (rotated(x, by, axis), None),
+    lambda by, axis, _, g: (rotated(g, -by, axis),),
+)
+'''
+
+_ROUNDS = '''
+def chosen_round(stacks, tick, turns):
+    """Every stage's layers in a tick: [rounds, layers, stages, ...] -> [layers, stages, ...].
+
+    A stage begins a round one tick after the stage before it and stays `turns` ticks, so no more
+    than two rounds are at work: slices and a choice, whose gradients are added in place.
+    """
+    stages, last = stacks.shape[2], stacks.shape[0] - 1
+    newest, oldest = (jnp.clip(t // turns, 0, last) for t in (tick, tick - stages + 1))
+    new, old = (lax.dynamic_index_in_dim(stacks, r, 0, keepdims=False) for r in (newest, oldest))
+    begun = jnp.arange(stages) <= tick - newest * turns
+    return _either(begun.reshape(1, -1, *(1,) * (new.ndim - 2)), new, old)
+
+
+@jax.custom_vjp
+def _either(first, a, b):
+    """jnp.where, which saves `first` as it is; JAX would as wide as the parameters."""
+    return jnp.where(first, a, b)
+
+
+_either.defvjp(
+    lambda first, a, b: (_either(first, a, b), first),
+    lambda first, g: (None, jnp.where(first, g, 0), jnp.where(first, 0, g)),
+)
+
+
+@jax.custom_vjp
+def lent(value, owner):
+    """`value`, whose gradient is `owner`'s. That is not looked at and so not saved, and what adds
+    up its gradients is outside of what is computed again, where it changes in place."""
+    return value
+
+
+lent.defvjp(lambda value, owner: (value, None), lambda _, g: (None, g))
+'''
+
 _FUNCTIONS = {  # written if one of them is called
     ("softmax",): _SOFTMAX, ("product",): _PRODUCT,
-    ("slicewise", "spread_slicewise", "max_pool_slicewise"): _SLICEWISE,
+    ("slicewise", "spread_slicewise", "max_pool_slicewise"): _SLICEWISE, ("put", "pop"): _SLOTS,
+    ("chosen_round",): _ROUNDS, ("rotated",): _ROTATED,
 }  # fmt: skip
 
 _ONE_STEP = '''

@@ -23,6 +23,7 @@ from planner.lowering.halo import local_op
 from planner.lowering.slices import by_slices
 from planner.plan import Plan
 from planner.result import Result
+from planner.sharding.choices import bound_to
 from planner.sharding.formulate import mesh_resharder
 from planner.sharding.reshard import FREE, Move
 from planner.sharding.spec import Spec
@@ -59,7 +60,8 @@ class Placement:
     whose two gradients are made one right after the other. `apart`: tensors whose gradients do not
     lie as they do, and where these lie, or None where that is left open. `softmax`: whether the
     gradient of softmax is made of its result, as planned, by a function of the program's own.
-    `sliced`: convolutions whose slices are made the samples of a batch."""
+    `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
+    circular pipeline as its ticks read them, and where their gradients add up (None is open)."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
@@ -69,6 +71,7 @@ class Placement:
     apart: Mapping[str, Spec | None] = field(default_factory=dict)
     softmax: bool = False
     sliced: Collection[str] = ()
+    rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
 
 
 def placement(result: Result) -> Placement:
@@ -82,7 +85,7 @@ def placement(result: Result) -> Placement:
     gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
-        if op.phase != "forward" or choice is None:
+        if op.phase != "forward" or choice is None or op.attrs.get("onehot") == "choose":
             continue
         operands = _operands(op, result)
         for name, spec in operands.items():
@@ -91,7 +94,8 @@ def placement(result: Result) -> Placement:
                 continue
             if op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
                 continue  # compilers have better ways than gathering the table
-            uses[op.name, name] = Copy(spec, _bound(home, spec), ways.between(name, home, spec))
+            bound = _bound(home, spec) or _into_stages(op)
+            uses[op.name, name] = Copy(spec, bound, ways.between(name, home, spec))
         made = choice.result(op.rule, 0, order)
         gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
@@ -105,7 +109,7 @@ def placement(result: Result) -> Placement:
     apart = {**_apart(result, specs, tensors), **dict.fromkeys(_free_casts(result))}
     return Placement(
         specs, uses, sums, gradients, {op for op, _ in together}, apart, softmax=gpu,
-        sliced=_sliced(result),
+        sliced=_sliced(result), rounds=_rounds(result),
     )  # fmt: skip
 
 
@@ -335,6 +339,24 @@ def _bound(home: Spec, copy: Spec) -> bool:
         return True
     both = zip(home.dims, copy.dims, strict=True)
     return any(rest and len(rest) < len(axes) and set(rest) < set(axes) for axes, rest in both)
+
+
+def _rounds(result: Result) -> dict[str, tuple[Spec, Spec | None]]:
+    found = {}
+    for op, _ in result.graph.walk():
+        if op.attrs.get("onehot") == "choose" and op.phase == "forward":
+            summed = result.specs.get(f"{op.ins[0]}.grad.out")
+            whole = summed is None or summed.partial
+            read = result.plan.choices[op.name].operand(op.rule, 0)
+            found[op.ins[0]] = read, None if whole else summed
+    return found
+
+
+def _into_stages(op: Op) -> bool:
+    """Whether a pipeline takes its inputs. Their gradients go back the same way: compilers gather
+    those of all microbatches."""
+    staged = {(i,) for i, f in enumerate(op.rule.factors) if bound_to(f.name)}
+    return bool(staged) and len(op.ins) == 1 and staged.isdisjoint(op.rule.ins[0])
 
 
 def _keeps(home: Spec, copy: Spec) -> bool:

@@ -342,12 +342,13 @@ def distinct(labels: Sequence[str]) -> tuple[str, ...]:
 def linear_groups(
     values: Sequence[ex.Expr], operands: int, combiner: str
 ) -> tuple[tuple[int, ...], ...]:
-    """Operand groups through which partial sums may pass: each operand alone, or all of a sum."""
+    """Operand groups through which partial sums may pass: each operand alone, or all of a sum,
+    those that are only compared with something left out."""
     if combiner != "sum" or len(values) != 1:
         return ()
     value = values[0]
     groups = [frozenset((i,)) for i in sorted(ex.arguments(value))]
-    everything = frozenset(ex.arguments(value))
+    everything = frozenset(ex.arguments(value)) - ex.compared(value)
     if len(everything) > 1:
         groups.append(everything)
     return tuple(tuple(sorted(g)) for g in groups if ex.linear_in(value, g))

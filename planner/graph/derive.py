@@ -11,12 +11,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.graph import expr as ex
-from planner.graph.builder import Builder
+from planner.graph.builder import Builder, Operand
 from planner.graph.core import Carry, Graph, Loop, Node, Op, Stack, Tensor
 from planner.graph.fuse import fuse_graph, fuse_nodes
 from planner.graph.optimizers import update
 from planner.graph.recompute import OPEN, Saved, rename_node
-from planner.graph.vjp import VJPS, add_up
+from planner.graph.vjp import VJPS, add_up, labels_of
 from planner.model import AUTO, Model, Training
 
 
@@ -456,9 +456,10 @@ class LoopBackward:
         init = _zeros(b, gradient, tensor, summed)
         entry = scope.declare(replace(tensor, name=scope.unique(f"{gradient}.acc")))
         labels = tensor.dims
+        added, value, attrs = _placed(scope, gradient) or ([(gradient, labels)], ex.x(1), {})
         total = scope.map(
-            f"{gradient}.sum", [(entry, labels), (gradient, labels)], labels,
-            ex.add(ex.x(0), ex.x(1)), dtype=tensor.dtype,
+            f"{gradient}.sum", [(entry, labels), *added], labels, ex.add(ex.x(0), value),
+            dtype=tensor.dtype, attrs=attrs,
         )  # fmt: skip
         return self._carry(init, entry, total, f"{shared}.grad.out", shared)
 
@@ -479,6 +480,23 @@ def _own(scope: Builder, name: str, entry: str) -> str:
     if name in made:
         return name
     return scope.cast(name, scope.lookup(name).dtype, f"{name}.out")
+
+
+def _placed(
+    scope: Builder, gradient: str
+) -> tuple[list[Operand], ex.Expr, dict[str, str]] | None:
+    """What is to be added to a sum where `gradient` has zeros all around it: nothing of their size
+    is made, the sum changes in place."""
+    op = next((n for n in reversed(scope.nodes) if gradient in n.outs), None)
+    if not isinstance(op, Op) or op.attrs.get("onehot") != "place":
+        return None
+    scope.nodes.remove(op)
+    operands: list[Operand] = [
+        (t, labels_of(op, d)) for t, d in zip(op.ins, op.rule.ins, strict=True)
+    ]
+    moved = {i: ex.x(i + 1) for i in range(len(operands))}
+    value = ex.substitute(op.attrs["exprs"][0], moved)
+    return operands, value, {"onehot": "add", "along": op.attrs["along"]}
 
 
 def _zeros(b: Builder, like: str, tensor: Tensor | None = None, summed: bool = False) -> str:

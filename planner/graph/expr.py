@@ -118,6 +118,11 @@ def call(fn: str, *args: Expr) -> Expr:
     return simple[fn](*args) if fn in simple else (fn, *args)
 
 
+def whole_part(a: Expr, divisor: int) -> Expr:
+    """⌊a / divisor⌋ of whole numbers, also where a chip's division is not exact."""
+    return ("floor", div(add(a, c(0.5)), c(divisor)))
+
+
 def silu(a: Expr) -> Expr:
     return mul(a, ("sigmoid", a))
 
@@ -210,6 +215,15 @@ def arguments(e: Expr) -> frozenset[int]:
     if _leaf(e):
         return frozenset()
     return frozenset().union(*(arguments(part) for part in e[1:]))
+
+
+def compared(e: Expr) -> frozenset[int]:
+    """The operands that `e` reads in comparisons."""
+    if _leaf(e):
+        return frozenset()
+    if e[0] in ("eq", "ge", "gt"):
+        return arguments(e)
+    return frozenset().union(*(compared(part) for part in e[1:]))
 
 
 def index_factors(e: Expr) -> frozenset[str]:

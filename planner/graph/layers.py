@@ -259,6 +259,24 @@ def embedding(b: Builder, table: str, ids: str, out: Sequence[str], name: str = 
     )  # fmt: skip
 
 
+def chosen_round(
+    b: Builder, stacks: str, tick: str, stage: str, turns: int, name: str
+) -> str:
+    """Every stage's parameters in a tick of a circular pipeline: `stacks` [R, layers, stages, …]
+    → [layers, stages, …]. Stage s is in round ⌊(tick − s) / turns⌋, or waits before the first or
+    after the last."""
+    t = b.lookup(stacks)
+    rounds, *rest = t.dims
+    count = ex.c(t.shape[0] - 1)
+    begun = ex.whole_part(ex.sub(ex.x(1), ex.index(stage)), turns)
+    now = ex.call("min", ex.call("max", begun, ex.c(0)), count)
+    value = ex.mul(ex.call("eq", now, ex.index(rounds)), ex.x(0))
+    return b.map(
+        name, [(stacks, t.dims), (tick, ())], rest, value, dtype=t.dtype, roles=["parameter"],
+        attrs={"onehot": "choose", "along": rounds, "turns": turns},
+    )  # fmt: skip
+
+
 def cross_entropy(b: Builder, logits: str, targets: str, name: str = "loss") -> str:
     """Mean over positions of logsumexp(logits) − logits[target]; the last dimension is V."""
     t = b.lookup(logits)

@@ -124,6 +124,7 @@ class Saved:
         for node in self.loop.body.nodes:
             if node.ins and all(i in found for i in node.ins):
                 found.update(node.outs)
+            found.update(o for o in node.outs if self.scope.lookup(o).role == "parameter")
         return found
 
     def _saves(self, name: str, producer: Node | None, cheap: set[str]) -> bool:

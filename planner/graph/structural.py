@@ -1,4 +1,5 @@
-"""Ops that move or order data: reshape, transpose, concat, slice, pad, cumsum, sort, top-k.
+"""Ops that move or order data: reshape, transpose, concat, slice, pad, put, pop, cumsum, sort,
+top-k.
 
 The dimension that an op rearranges is blocked (whole on every device), all others are parallel.
 Dimensions are given by name or number; with `label` the changed dimension gets a new name.
@@ -309,6 +310,63 @@ def _pad_vjp(
     return {0: _emit_slice(b, g, axis, bounds, _gradient(b, x))}
 
 
+# ---- slots of a buffer --------------------------------------------------------------------------
+
+
+def put(b: Builder, buffer: str, row: str, slot: str, name: str = "put") -> str:
+    """`buffer` [slots, …] with `row` […] in `slot` [], in place."""
+    rule, attrs = _slots(b.lookup(buffer))
+    whole, one = rule.outs[0], rule.outs[0][1:]
+    out = replace(b.lookup(buffer), name=name, role="activation")
+    rule = replace(rule, ins=(whole, one, ()))
+    return emit(b, "put", (buffer, row, slot), [out], rule, attrs)[0]
+
+
+def pop(
+    b: Builder, buffer: str, slot: str, name: str = "pop", rest: str = "rest"
+) -> tuple[str, str]:
+    """What `slot` [] of `buffer` [slots, …] holds, and the buffer with zeros there: the adjoint of
+    `put`."""
+    t = b.lookup(buffer)
+    rule, attrs = _slots(t)
+    whole, one = rule.outs[0], rule.outs[0][1:]
+    row = Tensor(name, t.shape[1:], t.dtype, t.dims[1:])
+    left = replace(t, name=rest, role="activation")
+    rule = replace(rule, ins=(whole, ()), outs=(one, whole))
+    taken, kept = emit(b, "pop", (buffer, slot), [row, left], rule, attrs)
+    return taken, kept
+
+
+def _slots(t: Tensor) -> tuple[Rule, dict[str, object]]:
+    found = FactorList()
+    own = [
+        found.add(d, n, "parallel" if i else "blocked")
+        for i, (d, n) in enumerate(zip(t.dims, t.shape, strict=True))
+    ]
+    return Rule(tuple(found.factors), (), (_dims(own),)), {"visits": tuple(own[1:]), "work": 0}
+
+
+def _put_vjp(
+    b: Builder, op: Op, cotangents: Mapping[str, str], wanted: Sequence[int]
+) -> dict[int, str]:
+    buffer, row, slot = op.ins
+    names = (f"{row}.grad", f"{buffer}.grad")
+    taken, kept = pop(b, cotangents[op.outs[0]], slot, *names)
+    return {0: kept, 1: taken}
+
+
+def _pop_vjp(
+    b: Builder, op: Op, cotangents: Mapping[str, str], wanted: Sequence[int]
+) -> dict[int, str]:
+    row, rest = (cotangents.get(o) or _zeros(b, b.lookup(o)) for o in op.outs)
+    return {0: put(b, rest, row, op.ins[1], f"{op.ins[0]}.grad")}
+
+
+def _zeros(b: Builder, like: Tensor) -> str:
+    sizes = dict(zip(like.dims, like.shape, strict=True))
+    return b.map(f"{like.name}.zeros", [], like.dims, ex.c(0), dtype=like.dtype, sizes=sizes)
+
+
 # ---- cumsum, sort, top-k ------------------------------------------------------------------------
 
 
@@ -406,6 +464,8 @@ VJPS: dict[str, Vjp] = {
     "concat": _concat_vjp,
     "slice": _slice_vjp,
     "pad": _pad_vjp,
+    "put": _put_vjp,
+    "pop": _pop_vjp,
     "cumsum": _cumsum_vjp,
     "sort": _sort_vjp,
 }

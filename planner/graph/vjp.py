@@ -58,6 +58,8 @@ def _map_operand(b: Builder, op: Op, cotangents: Cotangents, j: int) -> str:
     attrs = {"picks": op.attrs["picks"]} if "picks" in op.attrs else {}
     if op.attrs.get("onehot") == "take":
         attrs = {"onehot": "scatter", "along": op.attrs["along"]}
+    if op.attrs.get("onehot") == "choose":
+        attrs = {"onehot": "place", "along": op.attrs["along"]}
     target = b.lookup(op.ins[j])
     if value == ex.x(0) or (len(used) == 1 and ex.substitute(value, compact) == ex.x(0)):
         source, labels = full[used[0]]

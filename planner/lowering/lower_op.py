@@ -64,9 +64,24 @@ def _moved_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:
         return float(reads[1] + 2 * writes[0])  # only the rows looked up are read
     if op.attrs.get("onehot") == "put":
         return float(2 * reads[1] + reads[2])  # in place: only the rows that are new
+    if op.attrs.get("onehot") == "choose":
+        return float(3 * writes[0] + reads[1])  # of the two rounds at work, one is written
+    if op.attrs.get("onehot") == "add":
+        return float(2 * (sum(reads[1:]) + 2 * _added_bytes(op, tensors)))  # in place, to both
+    if op.kind == "put":
+        return float(2 * reads[1])  # in place
+    if op.kind == "pop":
+        return float(3 * writes[0])  # read, written, and zeros are left
     if op.attrs.get("epilogue"):
         return float(sum(reads[1:]))  # products add the others' results into their own
     return float(sum(reads) + sum(writes))
+
+
+def _added_bytes(op: Op, tensors: Mapping[str, Tensor]) -> int:
+    """The part of a sum that something is added to."""
+    along = next(i for i, f in enumerate(op.rule.factors) if f.name == op.attrs["along"])
+    changed = tuple(d for d in op.rule.outs[0] if d != (along,))
+    return local_elements(op.rule, changed) * ITEM_BYTES[tensors[op.outs[0]].dtype]
 
 
 def _picked_bytes(op: Op, tensors: Mapping[str, Tensor]) -> float:

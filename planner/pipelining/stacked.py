@@ -7,6 +7,12 @@ the last stage makes from tick p - 1 on are the results. This is GSPMD's GPipe (
 section 3.3): bubbles are ticks in which a stage works on nothing. Outside of the loop the
 microbatches are a dimension too, and the axis is free for other uses.
 
+In a circular pipeline a device has v runs of layers, L / (v p) each, and microbatches go round v
+times: round r of stage s is run r p + s. What leaves the last stage waits in a buffer of m slots,
+from which the first stage takes it m ticks after it took it last; inputs wait there before their
+first round, results after their last. In tick t stage s is in round (t - s) div m, so parameters
+are chosen by stage in every tick, and there are m v + p - 1 ticks.
+
 Several stacks, as of an encoder and a decoder, become such loops one after the other. What all
 layers of a stack read (the encoder's result) moves on from stage to stage with its microbatch.
 
@@ -19,24 +25,25 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from planner.graph import expr as ex
-from planner.graph import structural, windows
+from planner.graph import layers, structural, windows
 from planner.graph.builder import Builder
 from planner.graph.core import Carry, Factor, Graph, Loop, Node, Op, Stack, Tensor
 from planner.model import Model
 from planner.pipelining.pieces import PipelineError
 from planner.sharding.choices import bound_name
 
-MICRO, TICK = "micro", "ticks"
+MICRO, TICK, ROUND = "micro", "ticks", "repeats"
 # Ops that may be done for all stages at once: one more dimension is nothing to them.
 STACKABLE = ("map", "reshape", "concat", "slice", "pad", "cumsum", "sort")
 
 
-def stacked(model: Model, axis: str, stages: int) -> Model:
-    """`model` with its layers in `stages` along mesh axis `axis`, all microbatches in one graph."""
+def stacked(model: Model, axis: str, stages: int, rounds: int = 1) -> Model:
+    """`model` with its layers in `stages` along mesh axis `axis`, through which each of the
+    microbatches, all in one graph, goes `rounds` times."""
     training = replace(
         model.training, pipeline_microbatches=1, accumulation_steps=1
     )  # the graph holds all of them
-    graph = _Stacking(model, bound_name("stage", axis), stages).graph()
+    graph = _Stacking(model, bound_name("stage", axis), stages, rounds).graph()
     return replace(model, graph=graph, workload=training, pipeline=None)
 
 
@@ -45,7 +52,7 @@ class _Stacking:
     model: Model
     stage: str
     stages: int
-    made: dict[str, Tensor] = field(default_factory=dict)
+    rounds: int
     many: set[str] = field(default_factory=set)  # tensors that have a dimension of microbatches
 
     def __post_init__(self) -> None:
@@ -56,11 +63,19 @@ class _Stacking:
 
     def graph(self) -> Graph:
         loops = [node for node in self.old.nodes if isinstance(node, Loop)]
-        if not loops or any(loop.times % self.stages for loop in loops):
+        if not loops or any(loop.times % (self.rounds * self.stages) for loop in loops):
             counts = ", ".join(f"{loop.name} {loop.times}" for loop in loops) or "no repeats"
+            of = f"{self.rounds} × " if self.rounds > 1 else ""
             raise PipelineError(
                 f"a pipeline in one program needs stacks of equal layers that divide into "
-                f"{self.stages} stages; the model has {counts}"
+                f"{of}{self.stages} stages; the model has {counts}"
+            )
+        if self.rounds > 1 and self.parts < self.stages:
+            raise PipelineError(
+                f"{self.parts} microbatches come back to the first of {self.stages} stages before "
+                "it has let all of them in: a circular pipeline in one program has at least as "
+                "many microbatches as stages",
+                f"raise training.pipeline_microbatches to {self.stages} or more",
             )
         times = {stack.outer: loop.times for loop in loops for stack in loop.reads}
         for name in self.old.inputs:
@@ -81,8 +96,12 @@ class _Stacking:
     def _input(self, t: Tensor, layers: int | None) -> None:
         """`layers`: how many are stacked in a parameter."""
         if layers is not None:
-            shape = (layers // self.stages, self.stages, *t.shape[1:])
-            t = replace(t, shape=shape, dims=(t.dims[0], self.stage, *t.dims[1:]))
+            rounds = (self.rounds,) if self.rounds > 1 else ()
+            each = layers // (self.rounds * self.stages)
+            t = replace(
+                t, shape=(*rounds, each, self.stages, *t.shape[1:]),
+                dims=(*(ROUND for _ in rounds), t.dims[0], self.stage, *t.dims[1:]),
+            )  # fmt: skip
         elif t.role != "parameter":
             t = self._with(t, MICRO, self.parts)
             self.many.add(t.name)
@@ -103,77 +122,122 @@ class _Stacking:
     # ---- the layers ---------------------------------------------------------------------------
 
     def _pipeline(self, loop: Loop) -> None:
-        ticks = self.parts + self.stages - 1
-        name = f"{loop.name}.{TICK}"
-        outer = Builder(self.b.compute, self.b.param_dtype, f"{name}.", self.b, times=ticks)
-        carries, reads, writes, inner = [], [], [], []
+        ticks = self.parts * self.rounds + self.stages - 1
+        outer = Builder(
+            self.b.compute, self.b.param_dtype, f"{loop.name}.{TICK}.", self.b, times=ticks
+        )
+        from_slot, to_slot = self._slots(outer, loop.name)
+        inner, going = [], []
         for k in loop.carries:
-            carry, read, moved = self._travelling(outer, k.init, k.result)
-            after = outer.declare(replace(outer.lookup(moved), name=f"{k.result}.after"))
-            inner.append(Carry(moved, k.entry, k.exit, after))
-            carries.append(replace(carry, exit=after))
-            reads.append(read)
-            state = outer.lookup(after)
-            every = replace(
-                state, name=f"{k.result}.ticks", shape=(ticks, *state.shape),
-                dims=(TICK, *state.dims),
-            )  # fmt: skip
-            writes.append(Stack(self.b.declare(every), after))
+            now, on_its_way = self._enters(outer, k.init, k.result, from_slot)
+            after = outer.declare(replace(outer.lookup(now), name=f"{k.result}.after"))
+            inner.append(Carry(now, k.entry, k.exit, after))
+            going.append((on_its_way, after))
         along = {}
         for shared in loop.shared:
             if shared in self.many:
                 own = f"{loop.name}.{shared}"
-                carry, read, along[shared] = self._travelling(outer, shared, own)
-                carries.append(carry)
-                reads.append(read)
+                along[shared], on_its_way = self._enters(outer, shared, own, from_slot)
+                going.append((on_its_way, along[shared]))
         whole = tuple(along.get(shared, shared) for shared in loop.shared)
-        layers = replace(
-            loop, times=loop.times // self.stages, carries=tuple(inner),
-            body=self._body(loop, along), shared=whole,
+        reads = self._chosen(outer, loop)
+        outer.nodes.append(
+            replace(
+                loop, times=loop.times // (self.rounds * self.stages), carries=tuple(inner),
+                reads=reads, body=self._body(loop, along), shared=whole,
+            )
         )  # fmt: skip
-        body = Graph(outer.tensors, (*outer.nodes, layers))
+        carries = [k for way, made in going for k in self._leaves(outer, way, made, to_slot)]
         passed = (*(s.outer for s in loop.reads), *(s for s in whole if s not in outer.tensors))
         self.b.nodes.append(
             Loop(
-                name, ticks, body, tuple(carries), tuple(reads), tuple(writes),
-                tuple(dict.fromkeys(passed)), of_parts=True,
+                f"{loop.name}.{TICK}", ticks, Graph(outer.tensors, tuple(outer.nodes)),
+                tuple(carries), tuple(outer.reads), (), tuple(dict.fromkeys(passed)),
+                of_parts=True,
             )
         )  # fmt: skip
-        for k, stack in zip(loop.carries, writes, strict=True):
-            self._results(k, stack.outer)
+        for k, (way, _) in zip(loop.carries, going, strict=False):
+            self._results(k, way)
 
-    def _travelling(self, outer: Builder, value: str, name: str) -> tuple[Carry, Stack, str]:
-        """`value` of every microbatch, on its way through the stages: what is carried from tick
-        to tick, the next microbatch's, and what the stages read in a tick."""
-        fed = structural.pad(
-            self.b, value, MICRO, 0, self.stages - 1, label=TICK, name=f"{name}.fed"
-        )
-        state = replace(
-            self._with(self.old.tensors[value], self.stage, self.stages), role="activation"
-        )
-        zero = self._zeros(f"{name}.start", state)
-        before = outer.declare(replace(state, name=f"{name}.before"))
-        now = outer.declare(replace(self.old.tensors[value], name=f"{name}.now"))
-        moved = self._moved(outer, before, now)
-        last = self.b.declare(replace(state, name=f"{name}.end"))
-        return Carry(zero, before, moved, last), Stack(fed, now), moved
+    def _slots(self, outer: Builder, name: str) -> tuple[str, str]:
+        """In which slot the first stage finds the microbatch that it works on in a tick, and in
+        which one that leaves the last stage waits.
 
-    def _zeros(self, name: str, like: Tensor) -> str:
-        sizes = dict(zip(like.dims, like.shape, strict=True))
-        return self.b.map(
-            name, [], like.dims, ex.c(0), dtype=like.dtype, sizes=sizes, attrs={"written": True}
+        Stages that have nothing yet, or nothing more, to do move something, too: it is put where a
+        microbatch has just been taken from, and taken from where the last one will come to.
+        """
+        m, tick = self.parts, ex.index(TICK)
+        last = ex.c(m - 1)
+        over = ex.call("ge", tick, ex.c(m * self.rounds))
+        enters = ex.call("where", over, last, _modulo(tick, m))
+        through = ex.c(self.stages - 1)
+        leaves = ex.call(
+            "where", ex.call("ge", tick, through), _modulo(ex.sub(tick, through), m),
+            ex.call("min", tick, last),
+        )  # fmt: skip
+        return self._known(outer, f"{name}.enters", enters), self._known(
+            outer, f"{name}.leaves", leaves
         )
 
-    def _moved(self, outer: Builder, state: str, now: str) -> str:
-        """Everything one stage on, the next microbatch at the first."""
-        moved = windows.shift(outer, state, self.stage, 1, f"{state}.moved")
-        dims = outer.lookup(state).dims
+    def _known(self, outer: Builder, name: str, value: ex.Expr) -> str:
+        """What a loop knows of each tick: a whole number."""
+        table = self.b.map(
+            f"{name}.all", [], (TICK,), value, dtype="i32", sizes={TICK: outer.times}
+        )
+        outer.reads.append(Stack(table, outer.declare(Tensor(name, (), "i32", ()))))
+        return name
+
+    def _chosen(self, outer: Builder, loop: Loop) -> tuple[Stack, ...]:
+        """The layers' parameters, of the round that each stage is in."""
+        if self.rounds == 1:
+            return loop.reads
+        tick = self._known(outer, f"{loop.name}.tick", ex.index(TICK))
+        return tuple(
+            replace(
+                s, outer=layers.chosen_round(
+                    outer, s.outer, tick, self.stage, self.parts, f"{s.outer}.now"
+                ),
+            )
+            for s in loop.reads
+        )  # fmt: skip
+
+    def _enters(
+        self, outer: Builder, value: str, name: str, slot: str
+    ) -> tuple[str, tuple[Carry, Carry]]:
+        """`value` of every microbatch on its way through the stages: what these have in a tick,
+        and what is carried from tick to tick (without exits): that, and what waits."""
+        like = replace(self.old.tensors[value], role="activation")
+        state = self._with(like, self.stage, self.stages)
         first = ex.call("eq", ex.index(self.stage), ex.c(0))
-        value = ex.call("where", first, ex.x(1), ex.x(0))
-        return outer.map(
-            f"{state}.in", [(moved, dims), (now, dims[1:])], dims, value,
-            dtype=outer.lookup(state).dtype,
-        )
+        dims = (MICRO, *state.dims)
+        start = self.b.map(
+            f"{name}.start", [], state.dims, ex.c(0), dtype=state.dtype,
+            sizes=dict(zip(state.dims, state.shape, strict=True)), attrs={"written": True},
+        )  # fmt: skip
+        waiting = self.b.map(
+            f"{name}.waiting", [(value, (MICRO, *like.dims))], dims, ex.mul(first, ex.x(0)),
+            dtype=state.dtype, sizes={self.stage: self.stages},
+        )  # fmt: skip
+        before = outer.declare(replace(state, name=f"{name}.before"))
+        held = outer.declare(replace(self.b.lookup(waiting), name=f"{name}.held"))
+        row, rest = structural.pop(outer, held, slot, f"{name}.next", f"{name}.rest")
+        now = outer.map(
+            f"{name}.now", [(before, state.dims), (row, state.dims)], state.dims,
+            ex.call("where", first, ex.x(1), ex.x(0)), dtype=state.dtype,
+        )  # fmt: skip
+        end = self.b.declare(replace(state, name=f"{name}.end"))
+        done = self.b.declare(replace(self.b.lookup(waiting), name=f"{name}.done"))
+        return now, (Carry(start, before, "", end), Carry(waiting, held, rest, done))
+
+    def _leaves(
+        self, outer: Builder, way: tuple[Carry, Carry], made: str, slot: str
+    ) -> tuple[Carry, Carry]:
+        """Everything one stage on; what leaves the last one waits on the first one's device."""
+        moving, waiting = way
+        name = moving.entry.removesuffix(".before")
+        moved = windows.shift(outer, made, self.stage, 1, f"{name}.on", wrap=True)
+        kept = structural.put(outer, waiting.exit, moved, slot, f"{name}.kept")
+        return replace(moving, exit=moved), replace(waiting, exit=kept)
 
     def _body(self, loop: Loop, along: Mapping[str, str]) -> Graph:
         """One layer of every stage; `along`: what is read whole, by its name of a tick."""
@@ -194,21 +258,21 @@ class _Stacking:
         }
         return Graph(tensors, tuple(nodes))
 
-    def _results(self, k: Carry, every: str) -> None:
-        """What the last stage has made of every microbatch."""
+    def _results(self, k: Carry, way: tuple[Carry, Carry]) -> None:
+        """What waits in the end is what has been made of every microbatch."""
         result = self.old.tensors[k.result]
-        whole = structural.slice_dim(
-            self.b, every, TICK, self.stages - 1, self.stages - 1 + self.parts, label=MICRO,
-            name=f"{k.result}.late",
-        )
-        is_last = ex.call("eq", ex.index(self.stage), ex.c(self.stages - 1))
-        dims = (MICRO, self.stage, *result.dims)
+        first = ex.call("eq", ex.index(self.stage), ex.c(0))
         self.many.add(k.result)
         self.b._names.discard(k.result)  # it is this tensor's own name
         self.b.map(
-            k.result, [(whole, dims)], (MICRO, *result.dims), ex.mul(is_last, ex.x(0)),
-            dtype=result.dtype,
-        )
+            k.result, [(way[1].result, (MICRO, self.stage, *result.dims))],
+            (MICRO, *result.dims), ex.mul(first, ex.x(0)), dtype=result.dtype,
+        )  # fmt: skip
+
+
+def _modulo(value: ex.Expr, m: int) -> ex.Expr:
+    """`value` mod m of whole numbers."""
+    return ex.sub(value, ex.mul(ex.c(m), ex.whole_part(value, m)))
 
 
 def with_dimension(op: Op, label: str, size: int, several: Iterable[str]) -> Op:

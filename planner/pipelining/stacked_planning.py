@@ -38,14 +38,16 @@ class StackedPlanning(Planning):
                 f"it has {', '.join(axes)}",
                 f"name it in the shape: {pipeline.axis}=4,…",
             )
-        if pipeline.interleave > 1 or sum(n > 1 for n in axes.values()) > EXACT_AXES:
+        if sum(n > 1 for n in axes.values()) > EXACT_AXES:
             raise PipelineError(
-                "a pipeline in one program has one stage per device and a mesh of at most "
-                f"{EXACT_AXES} axes; others are not supported yet",
+                f"a pipeline in one program has a mesh of at most {EXACT_AXES} axes; others are "
+                "not supported yet",
                 "leave pipeline.inside out",
             )
         self.flops = count_flops(training_step(self.original))
-        self.model = stacked(self.model, pipeline.axis, axes[pipeline.axis])
+        self.model = stacked(
+            self.model, pipeline.axis, axes[pipeline.axis], pipeline.interleave
+        )
         self.annotation = self._with_stages(self.annotation)
         super().__post_init__()
 
@@ -75,7 +77,7 @@ class StackedPlanning(Planning):
     def lowered(self, plan: Plan) -> Candidate:
         found = super().lowered(plan)
         stages, parts = dict(self.mesh.axes)[self.pipeline.axis], self.original.training.parts
-        idle = (stages - 1) / (parts + stages - 1)
+        idle = (stages - 1) / (parts * self.pipeline.interleave + stages - 1)
         ticks = [n.name for n in self.model.graph.nodes if isinstance(n, Loop) and n.of_parts]
         loops = [*ticks, *(f"{name}.bwd" for name in ticks)]
         timing = with_bubbles(found.timing, loops, idle)

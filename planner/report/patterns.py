@@ -180,7 +180,8 @@ def _look(node: Op | Loop, result: Result, found: _Handed) -> None:
     names = {f.name for f in node.rule.factors}
     if node.phase == "forward" and node.kind == "shift" and node.attrs["wrap"]:
         around, _ = node.rule.windows[0]
-        found.ring.update(result.plan.choices[node.name].split[around])
+        if not bound_to(node.rule.factors[around].name):  # else it is a pipeline's
+            found.ring.update(result.plan.choices[node.name].split[around])
     if node.phase == "forward" and contraction_sizes(node) and names.issuperset(SEQUENCE):
         split = result.plan.choices[node.origin or node.name].split
         for factor, axes in zip(node.rule.factors, split, strict=True):

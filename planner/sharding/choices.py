@@ -151,8 +151,10 @@ def _splittable(factor: Factor) -> bool:
 
 
 def _passes(op: Op, group: Sequence[int]) -> bool:
-    """Partial sums pass through unary linear ops and through sums of all their operands."""
-    return len(group) == len(op.ins) and contraction_sizes(op) is None
+    """Partial sums pass through unary linear ops and through sums of all their operands, but for
+    the one that says where in the result the others go."""
+    summed = len(op.ins) - (op.attrs.get("onehot") in ("place", "add"))
+    return len(group) == summed and contraction_sizes(op) is None
 
 
 def _with_axis(choice: Choice, axis: str, option: _Option) -> Choice:

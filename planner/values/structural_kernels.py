@@ -1,4 +1,4 @@
-"""Values of reshape, concat, slice, pad, cumsum, sort and their gradients in NumPy.
+"""Values of reshape, concat, slice, pad, put, pop, cumsum, sort and their gradients in NumPy.
 
 The rearranged dimension is whole on every device, so `op.attrs` describe it; all other sizes
 come from the arrays, which may be shards.
@@ -78,6 +78,20 @@ def _pad(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
     return (out,)
 
 
+def _put(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
+    buffer, row, slot = args
+    out = np.array(buffer)
+    out[int(slot)] = row
+    return (out,)
+
+
+def _pop(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
+    buffer, slot = args
+    rest = np.array(buffer)
+    rest[int(slot)] = 0
+    return np.array(buffer[int(slot)]), rest
+
+
 def _cumsum(op: Op, args: Sequence[Array], offsets: Offsets) -> tuple[Array, ...]:
     axis = op.attrs["axis"]
     x = np.flip(args[0], axis) if op.attrs["reverse"] else args[0]
@@ -107,6 +121,8 @@ EVALUATORS: dict[str, Callable[[Op, Sequence[Array], Offsets], tuple[Array, ...]
     "concat": _concat,
     "slice": _slice,
     "pad": _pad,
+    "put": _put,
+    "pop": _pop,
     "cumsum": _cumsum,
     "sort": _sort,
     "unsort": _unsort,

@@ -61,15 +61,18 @@ def test_annotations_come_back(
     assert {e["args"]["name"] for e in events if e["ph"] == "M"} == {"pipe 00", "pipe 01"}
 
 
-def test_a_pipeline_in_one_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The axis splits stages in the layers, and is free outside of them; p - 1 of m + p - 1 ticks
-    are bubbles."""
+@pytest.mark.parametrize(("schedule", "share"), [("gpipe", 1 / 9), ("circular", 1 / 17)])
+def test_a_pipeline_in_one_program(
+    schedule: str, share: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The axis splits stages in the layers, and is free outside of them; p - 1 of m v + p - 1
+    ticks are bubbles."""
     path, folder = tmp_path / "model.yaml", tmp_path / "out"
-    path.write_text(MODEL.replace("SCHEDULE", "gpipe, inside: false"), encoding="utf-8")
+    path.write_text(MODEL.replace("SCHEDULE", f"{schedule}, inside: false"), encoding="utf-8")
     planned = plan(capsys, path, "--format", "json", "-o", folder)
     assert planned.code == 0, planned.err
     found = json.loads(planned.out)
-    assert 0.5 / 9 < found["time"]["bubble_s"] / found["step_time_s"] <= 1 / 9
+    assert share / 2 < found["time"]["bubble_s"] / found["step_time_s"] <= share
     assert ["pipe"] in [c["axes"] for c in found["collectives"] if "permute" in c["kind"]]
     annotations = found["annotations"]
     assert "pipe" not in str([annotations[t] for t in annotations if t.startswith("layers.w")])
@@ -92,8 +95,14 @@ def test_a_pipeline_in_one_program(tmp_path: Path, capsys: pytest.CaptureFixture
          "cannot be cut into 4 stages"),
         (["--set", "pipeline.schedule=gpipe", "--set", "pipeline.inside=false",
           "--set", "architecture.layers=3"], "the model has layers 3"),
-        (["--set", "pipeline.schedule=circular", "--set", "pipeline.inside=false"],
-         "others are not supported yet"),
+        (["--set", "pipeline.schedule=circular", "--set", "pipeline.inside=false",
+          "--set", "architecture.layers=6"], "divide into 2 × 2 stages; the model has layers 6"),
+        (["--set", "pipeline.schedule=circular", "--set", "pipeline.inside=false",
+          "--set", "training.pipeline_microbatches=1"],
+         "raise training.pipeline_microbatches to 2 or more"),
+        (["--set", "pipeline.schedule=circular", "--set", "pipeline.inside=false",
+          "--set", "architecture={kind: conformer, layers: 4, d_model: 64, heads: 4}"],
+         "(conv) cannot be stacked for a pipeline"),
         (["--set", "pipeline.schedule=interleaved", "--set", "training.pipeline_microbatches=1"],
          "groups of 2 microbatches"),
     ],
@@ -107,4 +116,5 @@ def test_what_cannot_be_is_said(
     failed = plan(capsys, path, *options)
     assert failed.code == 2
     assert words in failed.err
+    assert "model.yaml:4: " in failed.err or "axis" in words
     assert "Traceback" not in failed.err

@@ -183,6 +183,7 @@ def test_ring_attention_and_stages_in_one_program() -> None:
     model = decoder_of({})
     training = replace(model.training, batch=8, pipeline_microbatches=4)
     check_gradients(stacked(replace(model, workload=training), "x", 2))
+    check_gradients(stacked(replace(decoder_of({"layers": 8}), workload=training), "x", 2, 2))
 
 
 def volumes(b: Builder) -> str:

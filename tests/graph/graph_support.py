@@ -257,6 +257,13 @@ def swapped_carries(b: Builder) -> str:
     return weighted_sum(b, b.pointwise("product", ex.mul(ex.x(0), ex.x(1)), x, y))
 
 
+def slots(b: Builder, x: str) -> str:
+    """What one slot holds goes to another one, over what was there."""
+    taken, left = (b.map(name, [], (), ex.c(n), dtype="i32") for name, n in (("a", 2), ("b", 1)))
+    row, rest = structural.pop(b, x, taken)
+    return structural.put(b, rest, row, left)
+
+
 IMAGE = (2, 5, 4, 4)
 CASES: dict[str, Callable[[Builder], str]] = {
     "conv": on_two(IMAGE, (3, 3, 4, 2), windows.conv),
@@ -286,6 +293,7 @@ CASES: dict[str, Callable[[Builder], str]] = {
     "shift": on_param(
         (3, 4), "S D", lambda b, x: windows.shift(b, windows.shift(b, x, "S", 1), "D", -2)
     ),
+    "pop and put": on_param((4, 3), "S D", slots),
     "upsample": on_param(
         (2, 2, 3, 2), "B H W C", lambda b, x: windows.upsample(b, x, factor=(2, 3))
     ),

@@ -65,6 +65,20 @@ CASES: dict[str, Callable[[], PipelineDrawer | StackedDrawer]] = {
     "gpipe in one program, experts": lambda: StackedDrawer(
         pipelined(experts(), "gpipe"), 2, {"x": 4}
     ),
+    "circular in one program": lambda: StackedDrawer(
+        pipelined(
+            decoder(**{**SMALL, "layers_": 8}, optimizer="adamw", remat="full"),
+            "circular", chunks=2, microbatches=4,
+        ),
+        2, {"x": 2, "y": 2},
+    ),
+    "circular in one program, three rounds, as many microbatches as stages": lambda: StackedDrawer(
+        pipelined(
+            decoder(**{**SMALL, "layers_": 12}, optimizer="sgd", remat="none"),
+            "circular", chunks=3, microbatches=4,
+        ),
+        4, {"x": 2},
+    ),
     "circular": lambda: PipelineDrawer(
         pipelined(
             decoder(**{**SMALL, "layers_": 4}, optimizer="sgd", remat="none"),

@@ -134,11 +134,12 @@ class StackedDrawer:
     """The same for a pipeline that is one program."""
 
     def __init__(self, model: Model, devices: int, inner: Mapping[str, int]) -> None:
-        self.devices = devices
+        rounds = model.pipeline.interleave if model.pipeline else 1
+        self.stages = (rounds, devices) if rounds > 1 else (devices,)
         self.axes = ((AXIS, devices), *inner.items())
         whole = training_step(model)
         inputs = reference.random_inputs(whole)
-        step = training_step(stacked(model, AXIS, devices))
+        step = training_step(stacked(model, AXIS, devices, rounds))
         self.flow = build_flow(step, {}, uneven=model.uneven)
         self.wanted = {
             name: self.in_stages(name, array) for name, array in expected(whole, inputs).items()
@@ -149,13 +150,13 @@ class StackedDrawer:
         }
 
     def in_stages(self, name: str, array: np.ndarray) -> np.ndarray:
-        """Stacked parameters and their states: [layers] → [layers of a stage, stages]."""
+        """Stacked parameters and their states: [layers] → [rounds, layers of a stage, stages]."""
         step = self.flow.graph
         like = step.tensors.get(step.aliases.get(name, name))
         if like is None or len(like.shape) == array.ndim:
             return array
-        each = array.shape[0] // self.devices
-        return array.reshape(self.devices, each, *array.shape[1:]).swapaxes(0, 1)
+        last = len(self.stages)
+        return np.moveaxis(array.reshape(*self.stages, -1, *array.shape[1:]), last, last - 1)
 
     def run(self, seed: int) -> dict[str, np.ndarray]:
         plan = PlanDrawer(self.flow, self.axes).draw(seed)

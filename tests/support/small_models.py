@@ -102,7 +102,7 @@ def weighted_sum(b: Builder, x: str) -> str:
 
 
 def conv_net(b: Builder, batch: int = 4, height: int = 8, width: int = 8) -> str:
-    """Strided, dilated, grouped and transposed convolutions, pooling, norms, a loop of blocks."""
+    """All kinds of convolutions, pooling, norms, a loop of blocks; what one slot holds moves."""
     x = b.input("image", (batch, height, width, 4), ("B", "H", "W", "C"), "f32")
     stem = b.param("stem", (3, 3, 4, 8), ("kh", "kw", "I", "C"))
     h = windows.conv(b, x, stem, stride=2)
@@ -120,7 +120,10 @@ def conv_net(b: Builder, batch: int = 4, height: int = 8, width: int = 8) -> str
     up = windows.conv_transpose(b, pooled, back, stride=2)
     bn = layers.batch_norm(b, up, b.param("bn", (4,), ("O",)), None)
     smooth = windows.upsample(b, windows.avg_pool(b, bn, window=2), factor=2)
-    return weighted_sum(b, windows.global_avg_pool(b, smooth))
+    slots = [b.map(name, [], (), ex.c(n), dtype="i32") for name, n in (("taken", 0), ("left", 1))]
+    row, rest = structural.pop(b, smooth, slots[0])
+    swapped = structural.put(b, rest, row, slots[1])
+    return weighted_sum(b, windows.global_avg_pool(b, swapped))
 
 
 def rearranged(b: Builder, batch: int = 4, width: int = 4) -> str:

@@ -70,7 +70,7 @@ def test_every_kind_of_op_is_padded_and_masked() -> None:
         flow, _, _ = prepared(name)
         for mesh in MESHES.values():
             drawer = UnevenDrawer(flow, mesh)
-            for seed in range(3):
+            for seed in range(6):
                 plan = drawer.draw(seed)
                 padded |= {flow.sites[n].op.kind for n in padded_ops(flow, plan)}
                 program = lowered(flow, plan)
