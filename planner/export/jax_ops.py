@@ -133,15 +133,23 @@ def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> st
             bound = copy is not None and copy.bound
             rows.append(f"(None, None, {read[-1]})" if bound else "None")
             continue
+        passed = (given.made, *given.way, given.home)
         places = [
-            _place(given.cotangent, range(len(t.outs[0].shape))), _place(given.other, others),
-            *(_place(spec, mine) for spec in (given.made, given.home) if spec is not None),
+            _place(given.cotangent, range(len(t.outs[0].shape))),
+            _places((given.through, given.other), others),
+            *(_place(spec, mine) for spec in passed if spec is not None),
         ]  # fmt: skip
         rows.append(f"({', '.join(places)})")
     code = f"({', '.join(rows)})"
     if any(t.copies[j] for j in used):
         code += f", reads=({', '.join(read)})"
     return f"{code}, together=True" if t.together else code
+
+
+def _places(specs: Sequence[Spec | None], order: Sequence[int]) -> str:
+    """A place, or several that follow each other."""
+    places = [_place(spec, order) for spec in specs if spec is not None]
+    return f"({', '.join(places)})" if len(places) > 1 else (places or ["None"])[0]
 
 
 def _place(spec: Spec | None, order: Sequence[int]) -> str:

@@ -325,8 +325,9 @@ def placed_product(
 ):
     """jnp.einsum(spec, a, b), with gradients that are made as `gradients` says.
 
-    For either operand None, or: where the result's gradient and the other operand are read, and
-    where the product of the two lies, one place after the other. What is None is the compiler's.
+    For either operand None, or: where the result's gradient and the other operand are read (it may
+    pass several places), and where the product of the two lies, one place after the other. What is
+    None is the compiler's.
     `reads`: where the product itself reads its operands. With `together` nothing of the backward
     pass comes between the two gradients.
     """
@@ -341,7 +342,10 @@ def _placed_product(spec, gradients, reads, together, mesh, a, b):
 
 
 def _placed(x, where, mesh):
-    return x if where is None else annotate(x, where, mesh)
+    places = where if type(where) is tuple else (where,)
+    for place in places:
+        x = x if place is None else annotate(x, place, mesh)
+    return x
 
 
 def _product_gradients(spec, gradients, reads, together, mesh, operands, g):

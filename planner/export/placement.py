@@ -44,12 +44,15 @@ class Copy:
 @dataclass(frozen=True)
 class Gradient:
     """How the gradient of one operand of a product is made: where the result's gradient and the
-    other operand are read, and where the sums lie; None is left to the compiler."""
+    other operand are read, and where the sums lie; None is left to the compiler. `way`: places
+    that these pass to who reads them. `through`: where the other operand lies before it is read."""
 
     cotangent: Spec | None = None
     other: Spec | None = None
     made: Spec | None = None
+    way: Sequence[Spec] = ()
     home: Spec | None = None  # where they are reduced to at once
+    through: Spec | None = None
 
 
 @dataclass(frozen=True)
@@ -211,11 +214,14 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
             otherwise = _split(makers[0], plan) != _split(op, plan)
             home = result.specs.get(name)
             otherwise = otherwise or (home is not None and _moves(made, home))
-            if otherwise or _cut_when_whole(makers[0], made, result, ways):
+            way = _turns(makers[0].outs[0], made, result, ways)
+            if way or otherwise or _cut_when_whole(makers[0], made, result, ways):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
+                read = choice.operand(rule, at)
                 found[op.name, name] = Gradient(
-                    choice.operand(rule, 1 - at), choice.operand(rule, at), made.without_partial()
-                )
+                    choice.operand(rule, 1 - at), read, made.without_partial(), way,
+                    through=_through(makers[0].ins[at], other, read, result, ways),
+                )  # fmt: skip
     return found
 
 
@@ -251,12 +257,36 @@ def _moves(made: Spec, home: Spec) -> bool:
 
 def _cut_when_whole(op: Op, made: Spec, result: Result, ways: _Ways) -> bool:
     """Whether the sums that `op` makes are reduced whole, and then cut for who reads them."""
-    readers = [o for o, _ in result.graph.walk() if op.outs[0] in o.ins]
-    if len(readers) != 1 or readers[0].name not in result.plan.choices:
-        return False
-    read = _operands(readers[0], result).get(op.outs[0])
-    path = () if read is None else ways.path(op.outs[0], made, read)
+    path = _path_to_reader(op.outs[0], made, result, ways)
     return {"all-reduce", "slice"} <= {move.kind for move in path}
+
+
+def _through(again: str, name: str, read: Spec, result: Result, ways: _Ways) -> Spec | None:
+    """Where `name` lies when it is recomputed, if it has been gathered in part by then: the
+    compiler would gather it a second time from where it came from."""
+    lies = result.specs.get(again)
+    if again == name or lies is None or lies in (read, result.specs.get(name)):
+        return None
+    rest = {move.kind for move in ways.path(again, lies, read)}
+    return lies if rest == {"all-gather"} else None
+
+
+def _turns(name: str, made: Spec, result: Result, ways: _Ways) -> Sequence[Spec]:
+    """The places between, where several axes move to other dimensions one after the other. Of
+    that compilers make gathers of the whole tensor."""
+    path = _path_to_reader(name, made, result, ways)
+    several = sum(move.kind == "all-to-all" for move in path) > 1
+    return [m.result for m in path[:-1] if not m.result.partial] if several else ()
+
+
+def _path_to_reader(name: str, made: Spec, result: Result, ways: _Ways) -> Sequence[Move]:
+    """What the plan does with a tensor until its readers have it, if all read it alike."""
+    readers = [o for o, _ in result.graph.walk() if name in o.ins]
+    if not all(o.name in result.plan.choices for o in readers):
+        return ()
+    read = {_operands(o, result).get(name) for o in readers}
+    target = read.pop() if len(read) == 1 else None
+    return () if target is None else ways.path(name, made, target)
 
 
 def _makes_gradient(op: Op, name: str, other: str) -> bool:
