@@ -50,7 +50,7 @@ from planner.weighting import PLAIN, Seen, Weights
 BATCH = 4
 SAME = 1e-3  # step times that differ by less are equal
 ORDINARY_AXES = 2
-PATIENCE = 16  # candidates in a row that may fail to be faster,
+PATIENCE = 12  # candidates in a row that may fail to be faster,
 STAGED_PATIENCE = 8  # and pipelines, which take longer
 FALLBACKS = 5  # candidates of which the plan of least memory is sought if nothing fits
 FITS, TOO_LARGE, UNSOLVED, SLOWER, LOOKED_SLOWER, LEFT_OUT, IMPOSSIBLE, LOST = (
