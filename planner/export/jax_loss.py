@@ -119,27 +119,34 @@ class LossWriter:
         """A result where it is made, then where it lies."""
         if name in self.sums:
             code = f"shard({code}, {self.sums[name]})"
-        if name not in self.annotated:
-            return code
+        return self._located(code, name, name) if name in self.annotated else code
+
+    def _located(self, code: str, where: str, name: str) -> str:
+        """`name`, which lies like `where`; its gradient as the plan says."""
         if name not in self.apart:
-            return f'shard({code}, "{name}")'
+            return f'shard({code}, "{where}")'
         gradient = self.apart[name]
-        return f'copy({code}, "{name}"{"" if gradient is None else f", {partition(gradient)}"})'
+        return f'copy({code}, "{where}"{"" if gradient is None else f", {partition(gradient)}"})'
 
     def _read(self, node: str, name: str) -> str:
         """A tensor as an op or a loop has it."""
         code, copy = self._operand(name), self.uses.get((node, name))
         if copy is None:
             return code
+        bound = copy.bound and copy.gradient is None
         for spec in (*copy.way, copy.spec):
-            code = f"{'shard' if copy.bound else 'copy'}({code}, {partition(spec)})"
+            code = f"{'shard' if bound else 'copy'}({code}, {partition(spec)})"
+        if copy.gradient is not None:
+            code = f"{code[:-1]}, {partition(copy.gradient)})"
         return code
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""
         parameter = self.parameter_of.get(name)
         code = self.variables[name]
-        return f'shard({code}, "{parameter}")' if parameter in self.annotated else code
+        if parameter is None or parameter not in self.annotated:
+            return code
+        return self._located(code, parameter, name)
 
     def _variable(self, name: str, prefix: str) -> str:
         """A Python name for tensor `name`, unique in the function."""

@@ -129,7 +129,8 @@ def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> st
         read.append(_place(None if copy is None else copy.spec, mine))
         if given is None:
             bound = copy is not None and copy.bound
-            rows.append(f"(None, None, {read[-1]})" if bound else "None")
+            made = read[-1] if copy is None else _place(copy.gradient or copy.spec, mine)
+            rows.append(f"(None, None, {made})" if bound else "None")
             continue
         places = [
             _place(given.cotangent, range(len(t.outs[0].shape))), _place(given.other, others),
