@@ -89,7 +89,9 @@ def _overruled(result: Result) -> set[str]:
     readers: dict[str, list[Spec]] = {}
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
-        for i, name in enumerate(op.ins if choice and op.phase == "forward" else ()):
+        if choice is None or op.phase != "forward":
+            continue
+        for i, name in enumerate(op.ins):
             readers.setdefault(name, []).append(choice.operand(op.rule, i))
     return {
         name for name, read in readers.items() if name in carried

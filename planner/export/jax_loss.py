@@ -198,7 +198,7 @@ class LossWriter:
         call = f"lax.scan({function}, {_several(inits)}, {{{items}}}, length={loop.times}{back})"
         return [
             "",
-            *(() if loop.of_parts else (self._decorator(),)),
+            *(() if loop.of_parts else (self._decorator(loop),)),
             f"def {function}({argument}, w):",
             *(f"    {line}" if line else "" for line in [*first, *inside]),
             "",
@@ -208,10 +208,11 @@ class LossWriter:
     def _key(self, stack: Stack, loop: Loop) -> str:
         return stack.outer.replace("[i]", "").removeprefix(f"{loop.name}.")
 
-    def _decorator(self) -> str:
-        if not self.labels:
-            return "@partial(jax.checkpoint, prevent_cse=False)"
-        return "@partial(jax.checkpoint, prevent_cse=False, policy=SAVED)"
+    def _decorator(self, loop: Loop) -> str:
+        """Compilers inline a loop of one iteration, and would find what it computes again."""
+        once = loop.times == 1
+        policy = ", policy=SAVED" if self.labels else ""
+        return f"@partial(jax.checkpoint, prevent_cse={once}{policy})"
 
 
 def _live(nodes: Sequence[Node], wanted: Collection[str]) -> list[Node]:

@@ -230,7 +230,7 @@ def _apart(
 ) -> dict[str, Spec]:
     """Tensors whose gradients the plan has elsewhere: parameters in loops and their casts, and
     activations whose gradients are made with axes that they lack. Bound to lie like the tensor,
-    these would be gathered. And rows that are looked up, whose gradients are read to be added up."""
+    these would be gathered. And rows that are looked up, whose gradients are read elsewhere."""
     weights = _weights(result, tensors)
     found = {}
     for name, spec in specs.items():
