@@ -41,6 +41,7 @@ class LossWriter:
     sums: Mapping[str, str]  # product → its sharding where it is made
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
     together: Collection[str] = ()  # products whose gradients are made one after the other
+    first: Mapping[str, str] = field(default_factory=dict)  # product → whose gradient comes first
     apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
     own_softmax: bool = False
     sliced: Collection[str] = ()  # convolutions by the program's own function
@@ -93,7 +94,8 @@ class LossWriter:
         copies = [self.uses.get((op.name, n)) for n in op.ins]
         sliced = op.name in self.sliced
         text = OpText(
-            op, names, targets, ins, outs, plain, copies, given, together, own, label, sliced
+            op, names, targets, ins, outs, plain, copies, given, together, self.first.get(op.name),
+            own, label, sliced,
         )  # fmt: skip
         for a in statements(text):
             code = a.code

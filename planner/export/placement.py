@@ -59,7 +59,8 @@ class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
     instead, if its operand is resharded for it. `sums`: products that leave unreduced sums, and
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
-    whose two gradients are made one right after the other. `apart`: tensors whose gradients do not
+    whose two gradients are made one right after the other. `first`: products of which the gradient
+    of one operand is made before that of the other. `apart`: tensors whose gradients do not
     lie as they do, and where these lie, or None where that is left open. `softmax`: whether the
     gradient of softmax is made of its result, as planned, by a function of the program's own.
     `sliced`: convolutions whose slices are made the samples of a batch."""
@@ -69,6 +70,7 @@ class Placement:
     sums: Mapping[str, Spec] = field(default_factory=dict)
     gradients: Mapping[Use, Gradient] = field(default_factory=dict)
     together: Collection[str] = ()
+    first: Mapping[str, str] = field(default_factory=dict)
     apart: Mapping[str, Spec | None] = field(default_factory=dict)
     softmax: bool = False
     sliced: Collection[str] = ()
@@ -111,11 +113,11 @@ def placement(result: Result) -> Placement:
     for use, home in at_once.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
     together = {op for op, _ in at_once}
-    if result.mesh.chip.family == "tpu":
-        together = {op for op, _ in _sums_of_weights(result, made_at, tensors)}
+    tpu = result.mesh.chip.family == "tpu"
+    first = dict(_sums_of_weights(result, made_at, tensors)) if tpu else {}
     apart = {**dict.fromkeys(_free_casts(result)), **_apart(result, specs, made_at, tensors)}
     return Placement(
-        specs, uses, sums, gradients, together, apart, softmax=gpu, sliced=_sliced(result),
+        specs, uses, sums, gradients, together, first, apart, softmax=gpu, sliced=_sliced(result),
     )  # fmt: skip
 
 
@@ -284,7 +286,8 @@ def _sums_of_weights(
 
     XLA's TPU compiler decomposes those into rings and puts them off to the end of a layer, or until
     the loops of the backward pass are done, and keeps what they are made of as long: GPT-3 with two
-    layers took 6289 MiB on a v5e, 4185 where they are made one right after the other.
+    layers took 6289 MiB on a v5e, 4185 where they are made before the other gradient. That one is
+    left alone: sums of several products are added up before they are reduced.
     """
     weights = _weights(result, tensors)
     for op, _ in result.model.graph.walk():

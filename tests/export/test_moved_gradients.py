@@ -84,11 +84,12 @@ def test_gradients_of_rows_are_told_how_they_are_read() -> None:
 
 
 @pytest.mark.parametrize("split", [{}, {"B": ("x",)}])
-def test_summed_gradients_of_weights_are_made_at_once(split: dict[str, tuple[str, ...]]) -> None:
+def test_summed_gradients_of_weights_are_made_first(split: dict[str, tuple[str, ...]]) -> None:
     """XLA's TPU compiler puts off those that it adds up over devices, and only those."""
     result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"layers.wq": ((), (), ())})
     found = chosen(result, **{"layers.wq.cast.grad": split})
-    assert ("layers.q" in placement(found).together) == bool(split)
+    assert placement(found).first.get("layers.q") == ("layers.wq.cast" if split else None)
+    assert ("first=1" in result_program(found)) == bool(split)
 
 
 @pytest.mark.parametrize(("layers", "kept"), [(1, True), (2, False)])
