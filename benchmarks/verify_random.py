@@ -44,7 +44,7 @@ from planner.pins import Annotation  # noqa: E402
 from planner.planning import DEFAULT_HEADROOM, price_annotations  # noqa: E402
 from planner.result import Result  # noqa: E402
 from planner.sharding.choices import WHOLE_NAMES  # noqa: E402
-from planner.sharding.spec import all_specs  # noqa: E402
+from planner.sharding.spec import Spec, all_specs  # noqa: E402
 from planner.verify import worker  # noqa: E402
 from planner.verify.compare import Thresholds, Verification, compare  # noqa: E402
 from planner.verify.compile import Compiled, needed_bytes  # noqa: E402
@@ -73,7 +73,30 @@ def case(backend: str, seed: int) -> Case:
     name = names[seed % len(names)]
     mesh = _mesh(rng, backend)
     model = _model(rng, name, backend)
-    return Case(name, seed, price_annotations(model, mesh, _pins(rng, model, mesh)))
+    pins = _pins(rng, model, mesh)
+    result = price_annotations(model, mesh, pins)
+    if overruled := _overruled(result) & set(pins):
+        kept = {n: spec for n, spec in pins.items() if n not in overruled}
+        result = price_annotations(model, mesh, kept)
+    return Case(name, seed, result)
+
+
+def _overruled(result: Result) -> set[str]:
+    """What layers carry and every reader cuts further: no planner gathers it first, and no compiler
+    does as it is told."""
+    loops = (node for node in result.model.graph.nodes if isinstance(node, Loop))
+    carried = {k.entry for loop in loops for k in loop.carries}
+    readers: dict[str, list[Spec]] = {}
+    for op, _ in result.graph.walk():
+        choice = result.plan.choices.get(op.name)
+        if choice is None or op.phase != "forward":
+            continue
+        for i, name in enumerate(op.ins):
+            readers.setdefault(name, []).append(choice.operand(op.rule, i))
+    return {
+        name for name, read in readers.items() if name in carried
+        and (lies := result.specs.get(name)) and all({*lies.axes} < {*r.axes} for r in read)
+    }  # fmt: skip
 
 
 def _mesh(rng: random.Random, backend: str) -> LogicalMesh:

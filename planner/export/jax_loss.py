@@ -44,6 +44,7 @@ class LossWriter:
     sums: Mapping[str, str]  # product → its sharding where it is made
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
     together: Collection[str] = ()  # products whose gradients are made one after the other
+    first: Mapping[str, str] = field(default_factory=dict)  # product → whose gradient comes first
     apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
     own_softmax: bool = False
     sliced: Collection[str] = ()  # convolutions by the program's own function
@@ -101,7 +102,8 @@ class LossWriter:
         copies = [self.uses.get((op.name, n)) for n in op.ins]
         sliced = op.name in self.sliced
         text = OpText(
-            op, names, targets, ins, outs, plain, copies, given, together, own, label, sliced
+            op, names, targets, ins, outs, plain, copies, given, together, self.first.get(op.name),
+            own, label, sliced,
         )  # fmt: skip
         for a in statements(text):
             code = a.code
@@ -133,27 +135,34 @@ class LossWriter:
         """A result where it is made, then where it lies."""
         if name in self.sums:
             code = f"shard({code}, {self.sums[name]})"
-        if name not in self.annotated:
-            return code
+        return self._located(code, name, name) if name in self.annotated else code
+
+    def _located(self, code: str, where: str, name: str) -> str:
+        """`name`, which lies like `where`; its gradient as the plan says."""
         if name not in self.apart:
-            return f'shard({code}, "{name}")'
+            return f'shard({code}, "{where}")'
         gradient = self.apart[name]
-        return f'copy({code}, "{name}"{"" if gradient is None else f", {partition(gradient)}"})'
+        return f'copy({code}, "{where}"{"" if gradient is None else f", {partition(gradient)}"})'
 
     def _read(self, node: str, name: str) -> str:
         """A tensor as an op or a loop has it."""
         code, copy = self._operand(name), self.uses.get((node, name))
         if copy is None:
             return code
+        bound = copy.bound and copy.gradient is None
         for spec in (*copy.way, copy.spec):
-            code = f"{'shard' if copy.bound else 'copy'}({code}, {partition(spec)})"
+            code = f"{'shard' if bound else 'copy'}({code}, {partition(spec)})"
+        if copy.gradient is not None:
+            code = f"{code[:-1]}, {partition(copy.gradient)})"
         return code
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""
         parameter = self.parameter_of.get(name)
         code = self.variables[name]
-        return f'shard({code}, "{parameter}")' if parameter in self.annotated else code
+        if parameter is None or parameter not in self.annotated:
+            return code
+        return self._located(code, parameter, name)
 
     def _variable(self, name: str, prefix: str) -> str:
         """A Python name for tensor `name`, unique in the function."""
@@ -252,12 +261,14 @@ class LossWriter:
 
     def _decorators(self, loop: Loop) -> list[str]:
         """What a loop's body keeps; of parts of the batch it keeps everything but the parameters
-        that it chooses."""
+        that it chooses. Compilers inline a loop of one iteration, and would find what it computes
+        again."""
         if loop.of_parts:
             keeps = ", policy=ROUNDS" if _chooses(loop) else None
         else:
             keeps = ", policy=SAVED" if self.labels else ""
-        return [] if keeps is None else [f"@partial(jax.checkpoint, prevent_cse=False{keeps})"]
+        once = loop.times == 1
+        return [] if keeps is None else [f"@partial(jax.checkpoint, prevent_cse={once}{keeps})"]
 
 
 def _chooses(loop: Loop) -> bool:

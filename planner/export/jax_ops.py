@@ -35,10 +35,11 @@ class Assignment:
 class OpText:
     """An op with the tensors around it and the variables that hold its operands and results.
 
-    `gradients`: of a product's operands, how they are made; `together`: one after the other. Such
-    a product takes its operands as they lie (`plain`) and reads `copies` of them. `own_softmax`: by
-    the program's own function, which saves its result as `label`. `sliced`: a convolution or a
-    pooling by the program's own function for few samples."""
+    `gradients`: of a product's operands, how they are made; `together`: one after the other;
+    `first`: that of this operand before the other. Such a product takes its operands as they lie
+    (`plain`) and reads `copies` of them. `own_softmax`: by the program's own function, which saves
+    its result as `label`. `sliced`: a convolution or a pooling by the program's own function for
+    few samples."""
 
     op: Op
     names: Sequence[str]
@@ -49,6 +50,7 @@ class OpText:
     copies: Sequence[Copy | None] = ()
     gradients: Sequence[Gradient | None] = ()
     together: bool = False
+    first: str | None = None
     own_softmax: bool = False
     label: str | None = None
     sliced: bool = False
@@ -107,7 +109,7 @@ def _einsum(t: OpText, e: ex.Expr, k: int) -> str | None:
     dtypes = {t.ins[j].dtype for j in used}
     wide = t.outs[k].dtype
     prefer = "" if dtypes == {wide} else f", preferred_element_type={JNP_DTYPES[wide]}"
-    own = len(used) == 2 and not prefer and (any(t.gradients) or t.together)
+    own = len(used) == 2 and not prefer and (any(t.gradients) or t.together or t.first)
     arrays = ", ".join(
         _transposed((t.plain if own else t.names)[j], [d[0] for d in rule.ins[j]], order)
         for j, order in zip(used, orders, strict=True)
@@ -131,7 +133,8 @@ def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> st
         read.append(_place(None if copy is None else copy.spec, mine))
         if given is None:
             bound = copy is not None and copy.bound
-            rows.append(f"(None, None, {read[-1]})" if bound else "None")
+            made = read[-1] if copy is None else _place(copy.gradient or copy.spec, mine)
+            rows.append(f"(None, None, {made})" if bound else "None")
             continue
         passed = (given.made, *given.way, given.home)
         places = [
@@ -143,6 +146,8 @@ def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> st
     code = f"({', '.join(rows)})"
     if any(t.copies[j] for j in used):
         code += f", reads=({', '.join(read)})"
+    if t.first is not None:
+        code += f", first={[t.op.ins[j] for j in used].index(t.first)}"
     return f"{code}, together=True" if t.together else code
 
 

@@ -51,7 +51,7 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     annotated = {*tables.activations, *tables.parameters}
     writer = LossWriter(
         graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
-        place.apart, place.softmax, place.sliced, place.rounds,
+        place.first, place.apart, place.softmax, place.sliced, place.rounds,
     )  # fmt: skip
     body, used = writer.lines(), writer.helpers
     parts = [
@@ -321,7 +321,7 @@ softmax.defvjp(_softmax_forward, _softmax_gradient)
 
 _PRODUCT = '''
 def placed_product(
-    spec, a, b, gradients=(None, None), reads=(None, None), together=False, mesh=None
+    spec, a, b, gradients=(None, None), reads=(None, None), together=False, first=None, mesh=None
 ):
     """jnp.einsum(spec, a, b), with gradients that are made as `gradients` says.
 
@@ -329,15 +329,15 @@ def placed_product(
     pass several places), and where the product of the two lies, one place after the other. What is
     None is the compiler's.
     `reads`: where the product itself reads its operands. With `together` nothing of the backward
-    pass comes between the two gradients.
+    pass comes between the two gradients; that of operand `first` is made before the other.
     """
     if mesh is None:
         return jnp.einsum(spec, a, b)
-    return _placed_product(spec, gradients, reads, together, mesh, a, b)
+    return _placed_product(spec, gradients, reads, (together, first), mesh, a, b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _placed_product(spec, gradients, reads, together, mesh, a, b):
+def _placed_product(spec, gradients, reads, order, mesh, a, b):
     return jnp.einsum(spec, _placed(a, reads[0], mesh), _placed(b, reads[1], mesh))
 
 
@@ -348,17 +348,19 @@ def _placed(x, where, mesh):
     return x
 
 
-def _product_gradients(spec, gradients, reads, together, mesh, operands, g):
-    found = []
-    for k, where in enumerate(gradients):
-        cotangent, other, *places = where or (None, None)
+def _product_gradients(spec, gradients, reads, order, mesh, operands, g):
+    (together, first), found = order, [None, None]
+    for k in (1, 0) if first == 1 else (0, 1):
+        cotangent, other, *places = gradients[k] or (None, None)
         other = _placed(operands[1 - k], other or reads[1 - k], mesh)
-        order = (lambda x: (x, other)) if k == 0 else (lambda x: (other, x))
-        product = lambda x: jnp.einsum(spec, *order(x))
+        both = (lambda x: (x, other)) if k == 0 else (lambda x: (other, x))
+        product = lambda x: jnp.einsum(spec, *both(x))
         (made,) = jax.linear_transpose(product, operands[k])(_placed(g, cotangent, mesh))
         for place in places:
             made = annotate(made, place, mesh)
-        found.append(made)
+        if k == first:
+            made, g = lax.optimization_barrier((made, g))
+        found[k] = made
     return lax.optimization_barrier(tuple(found)) if together else tuple(found)
 
 

@@ -1,13 +1,23 @@
-"""Gradients of weights that the plan makes with an axis in another dimension than the weight's."""
+"""Gradients that the plan does not have where compilers would: programs say where and when they are
+made."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+from small_models import decoder
 
 import meshes
+from planner.export.jax_program import result_program
 from planner.export.placement import placement
-from planner.planning import plan_model
+from planner.planning import plan_model, price_annotations
+from planner.result import Result
+from planner.sharding.choices import Choice
+from planner.sharding.spec import Spec
 from planner.source import find
+
+TPU = meshes.logical(meshes.resolve("tpu-v3:2x2"), {"x": 2, "y": 4})
 
 
 @pytest.mark.slow
@@ -27,3 +37,64 @@ def test_they_are_told_where_they_are_made() -> None:
             moved += 1
             assert told[op, weight].made == made.without_partial()
     assert moved
+
+
+def chosen(result: Result, **splits: dict[str, tuple[str, ...]]) -> Result:
+    """`result` with other choices: op → factor → axes."""
+    ops = {op.name: op for op, _ in result.graph.walk()}
+    choices = {
+        name: Choice(tuple(split.get(f.name, ()) for f in ops[name].rule.factors))
+        for name, split in splits.items()
+    }
+    return replace(result, plan=replace(result.plan, choices={**result.plan.choices, **choices}))
+
+
+def test_gradients_of_parameters_lie_where_the_update_has_them() -> None:
+    """A parameter that lies whole while its update is split: bound to lie like it, its gradient was
+    gathered in every layer. Sums are where they are reduced to, the cast's gradient too."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"layers.wq": ((), (), ())})
+    found = chosen(
+        result,
+        **{"layers.wq.cast.grad": {"B": ("x",)}, "layers.wq[i].grad": {"D": ("x",)}},
+    )
+    place = placement(found)
+    by_x = Spec((("x",), (), ()))
+    assert place.apart["layers.wq[i]"] == place.apart["layers.wq.cast"] == by_x
+    source = result_program(found)
+    assert 'copy(w["wq"], "layers.wq", P("x", None, None))' in source
+    assert "layers.wk[i]" not in place.apart
+
+
+def test_a_copy_and_its_gradient_may_lie_apart() -> None:
+    """A table is cast by rows, its gradient added up by columns: bound to lie like the copy, it was
+    exchanged."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"table": ((), ())})
+    found = chosen(result, **{"table.cast": {"V": ("x",)}, "table.grad": {"D": ("x",)}})
+    copy = placement(found).uses["table.cast", "table"]
+    assert copy.bound
+    assert (copy.spec, copy.gradient) == (Spec((("x",), ())), Spec(((), ("x",))))
+    assert 'copy(params["table"], P("x", None), P(None, "x"))' in result_program(found)
+
+
+def test_gradients_of_rows_are_told_how_they_are_read() -> None:
+    """Left alone, XLA found ways of its own from the batch to the columns of a table."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"table": ((), ())})
+    found = chosen(result, **{"table.cast.grad_2": {"D": ("y",)}})
+    assert placement(found).apart["x"] == Spec(((), (), ("y",)))
+
+
+@pytest.mark.parametrize("split", [{}, {"B": ("x",)}])
+def test_summed_gradients_of_weights_are_made_first(split: dict[str, tuple[str, ...]]) -> None:
+    """XLA's TPU compiler puts off those that it adds up over devices, and only those."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"layers.wq": ((), (), ())})
+    found = chosen(result, **{"layers.wq.cast.grad": split})
+    assert placement(found).first.get("layers.q") == ("layers.wq.cast" if split else None)
+    assert ("first=1" in result_program(found)) == bool(split)
+
+
+@pytest.mark.parametrize(("layers", "kept"), [(1, True), (2, False)])
+def test_one_iteration_is_computed_again(layers: int, kept: bool) -> None:
+    """Compilers inline such a loop and would find that its recomputation is there already."""
+    source = result_program(price_annotations(decoder(8, layers_=layers), TPU, {}))
+    assert f"prevent_cse={kept}" in source
+    assert f"prevent_cse={not kept}" not in source

@@ -1,0 +1,79 @@
+"""Where a plan makes gradients, as far as a generated program can say it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from planner.graph.core import Op
+from planner.result import Result
+from planner.sharding.spec import Spec
+
+
+class Gradients:
+    """Of the tensors of a step, found by their names."""
+
+    def __init__(self, result: Result) -> None:
+        self.choices = result.plan.choices
+        self.order = [name for name, _ in result.mesh.axes]
+        self.terms: dict[str, dict[str, tuple[Op, int]]] = {}  # tensor → gradient → its maker
+        self.readers: dict[str, list[Op]] = {}
+        for op, _ in result.graph.walk():
+            if op.phase == "forward" or op.name not in self.choices:
+                continue
+            for name in dict.fromkeys(op.ins):
+                self.readers.setdefault(name, []).append(op)
+            for k, out in enumerate(op.outs):
+                if named := re.fullmatch(r"(.*)\.grad(_\d+)?", out):
+                    self.terms.setdefault(named[1], {})[out] = (op, k)
+
+    def of(self, name: str) -> Spec | None:
+        """Where all terms of a gradient are added up, or the only one lies; None where the plan
+        says several places."""
+        terms = self.terms.get(name, {})
+        read = {x for op, _ in terms.values() for x in op.ins}
+        return _only(self._place(out) for out in terms if out not in read)
+
+    def of_use(self, op: Op, name: str) -> Spec | None:
+        """Where the term of the gradient lies that one reader of the tensor is the cause of."""
+        made = [out for out, (maker, _) in self.terms.get(name, {}).items() if _of(maker, op)]
+        return self._place(made[0]) if len(made) == 1 else None
+
+    def sums(self, name: str) -> bool:
+        """Whether a term of a gradient is made as sums over devices."""
+        return any(
+            self.choices[op.name].result(op.rule, k, self.order).partial
+            for op, k in self.terms.get(name, {}).values()
+        )
+
+    def read_by(self, name: str, other: str) -> Spec | None:
+        """How the one term of a gradient that is made of `other` and one more tensor reads that."""
+        ops = [op for op, _ in self.terms.get(name, {}).values() if other in op.ins]
+        if len(ops) != 1 or len(ops[0].ins) != 2:
+            return None
+        spec = self.choices[ops[0].name].operand(ops[0].rule, 1 - ops[0].ins.index(other))
+        return None if spec.partial else spec
+
+    def _place(self, gradient: str) -> Spec | None:
+        """Sums are where their reader has them."""
+        named = re.fullmatch(r"(.*)\.grad(_\d+)?", gradient)
+        op, k = self.terms[named[1] if named else ""][gradient]
+        made = self.choices[op.name].result(op.rule, k, self.order)
+        return made if not made.partial else _only(self._read(gradient))
+
+    def _read(self, gradient: str) -> Iterator[Spec | None]:
+        for op in self.readers.get(gradient, ()):
+            for i in (i for i, name in enumerate(op.ins) if name == gradient):
+                spec = self.choices[op.name].operand(op.rule, i)
+                yield None if spec.partial else spec
+
+
+def _only(specs: Iterator[Spec | None]) -> Spec | None:
+    found = {*specs}
+    return found.pop() if len(found) == 1 else None
+
+
+def _of(maker: Op, op: Op) -> bool:
+    """Whether a gradient is made of that of one of the results of `op`."""
+    made = [re.compile(rf"{re.escape(out)}\.grad(_\d+)?(\..*)?") for out in op.outs]
+    return any(pattern.fullmatch(name) for pattern in made for name in maker.ins)
