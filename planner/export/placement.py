@@ -321,7 +321,7 @@ def _sums_of_weights(
 
     XLA's TPU compiler decomposes those into rings and puts them off to the end of a layer, or until
     the loops of the backward pass are done, and keeps what they are made of as long: GPT-3 with two
-    layers took 6289 MiB on a v5e, 4185 where they are made before the other gradient. That one is
+    layers took 6289 MiB on a v5e, 4177 where they are made before the other gradient. That one is
     left alone: sums of several products are added up before they are reduced.
     """
     weights = _weights(result, tensors)
