@@ -1,0 +1,118 @@
+"""Pipelines whose stages have programs of their own: each compiled alone on its submesh.
+
+Stages with equal programs are compiled once, the one whose device needs most standing for all. A
+program has one microbatch in flight, and of other stages nothing. So the peak of the device is that
+of the program and what the schedule adds to it by our reading (costmodels.pipeline_memory): further
+microbatches in flight, and other stages of the device. Both sides get the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from costmodels.pipeline import PipelineProgram, StageProgram
+from costmodels.pipeline_memory import StageMemory, device_memory
+from costmodels.program import Program
+from costmodels.schedule import BACKWARD, FORWARD
+from costmodels.simulate import simulate
+from meshes.errors import MeshError
+from planner.export.jax_program import jax_program
+from planner.export.jax_stage import Sides, stage_model
+from planner.export.placement import placement
+from planner.graph.flops import count_flops
+from planner.result import Result
+from planner.verify.compare import Verification
+from planner.verify.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A stage by itself: `numbers` are the stages that it stands for, `result` has the bytes of its
+    device, of which `held_bytes` are none of its program's. `in_flight`: microbatches of it."""
+
+    numbers: tuple[int, ...]
+    in_flight: int
+    held_bytes: int
+    result: Result
+    source: str
+
+
+@dataclass(frozen=True)
+class VerifiedStage:
+    """A stage by itself, and what its compiled program says."""
+
+    alone: Alone
+    found: Verification
+
+
+@dataclass(frozen=True)
+class VerifiedStages:
+    """What `plan verify` found of a pipeline, by kind of stage."""
+
+    model: str
+    mesh: str
+    schedule: str
+    axis: str
+    stages: tuple[VerifiedStage, ...]
+
+    @property
+    def ok(self) -> bool:
+        return all(stage.found.ok for stage in self.stages)
+
+
+def stages_alone(result: Result) -> Iterator[Alone]:
+    """Every different stage program of a pipeline, with its JAX program. Raises ExportError, or
+    BackendError if the devices of a stage are no machine."""
+    pipeline = result.program
+    if not isinstance(pipeline, PipelineProgram):
+        raise ValueError(f"{result.model.name} is one program")
+    try:
+        submesh = result.mesh.at_one_place(pipeline.axis)
+    except MeshError as error:
+        raise BackendError(f"a stage cannot be compiled alone: {error}") from None
+    for numbers in _equal(pipeline.stages):
+        number, profile = max(
+            ((n, _profile(pipeline, n)) for n in numbers), key=lambda found: max(found[1])
+        )
+        stage = pipeline.stages[number]
+        program = with_crossing(stage)
+        at = profile.index(max(profile))
+        held = profile[at] - int(StageMemory.of(stage).profile[at])
+        planned = result.stages[number]
+        model = stage_model(result.model, result.plan.starts, number, planned)
+        inner = result.mesh.without(pipeline.axis)
+        alone = replace(
+            result, model=model, mesh=inner, graph=planned.step, plan=planned.plan,
+            program=program, timing=simulate(program, inner),
+            specs=planned.specs,
+            memory=replace(result.memory, peak_bytes=max(profile)),
+            flops=count_flops(planned.step), stages=(),
+        )  # fmt: skip
+        source = jax_program(model, submesh, placement(alone), Sides.of(planned))
+        yield Alone(
+            tuple(numbers), pipeline.in_flight[number], held, replace(alone, mesh=submesh), source
+        )
+
+
+def _equal(stages: Sequence[StageProgram]) -> list[list[int]]:
+    found: dict[int, list[int]] = {}
+    for number, stage in enumerate(stages):
+        found.setdefault(id(stage), []).append(number)
+    return list(found.values())
+
+
+def _profile(pipeline: PipelineProgram, number: int) -> tuple[int, ...]:
+    """Bytes of a stage's device at each of the stage's steps."""
+    known = {id(s): StageMemory.of(s) for s in pipeline.stages}
+    alone = [known[id(s)] for s in pipeline.stages]
+    return device_memory(pipeline, alone, pipeline.place(number)).profiles[number]
+
+
+def with_crossing(stage: StageProgram) -> Program:
+    """The stage's program with all that its JAX program takes as arguments."""
+    inputs = dict(stage.program.inputs)
+    for phase in (FORWARD, BACKWARD):
+        inputs |= {f"{phase} {key}": b for key, b in stage.received[phase].items()}
+    inputs |= {f"{name} of {giver}": b for (name, giver), b in stage.taken.items()}
+    return replace(stage.program, inputs=inputs)
