@@ -45,15 +45,16 @@ def jax_program(
     if model.pipeline is not None:
         raise ExportError(
             f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "
-            "programs of their own, which one JAX program cannot hold; the nearest plan that is one "
-            f"program is made with {nearest_in_one_program(model.pipeline)}"
+            "programs of their own, which one JAX program cannot hold; the nearest plan that is "
+            f"one program is made with {nearest_in_one_program(model.pipeline)}"
         )
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place, sides)
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
+    kept = saved_values(model) if sides is None else sides.saved
     writer = LossWriter(
-        graph, annotated, sides.saved if sides else saved_values(model), place.uses, sums, place.gradients, place.together,
+        graph, annotated, kept, place.uses, sums, place.gradients, place.together,
         place.apart, place.softmax, place.sliced, place.rounds,
     )  # fmt: skip
     made = stage_outputs(graph, sides.boundary) if sides else ([*graph.outputs[:1]], [])

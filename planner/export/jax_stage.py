@@ -21,7 +21,6 @@ from planner.pipelining.stages import received_stacks, sent_stacks
 from planner.result import PlannedStage
 from planner.sharding.spec import Spec
 
-
 ZEROS = "microbatch"  # an input that no model has
 
 

@@ -144,7 +144,7 @@ def _stage_head(s: VerifiedStage) -> str:
     if len(numbers) > 1:
         which = f"stages {numbers[0]} … {numbers[-1]}, {len(numbers)} equal ones"
     return (
-        f"{which}, {s.found.mesh}: {s.alone.in_flight} microbatches in flight, {held} added to "
+        f"{which}, on {s.found.mesh}: microbatches in flight {s.alone.in_flight}, {held} added to "
         "both peaks"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,9 @@ from planner.export.jax_ops import ExportError
 from planner.export.jax_program import result_program
 from planner.graph.derive import received_cotangent
 from planner.modelfile import load_model
+from planner.pipelining.pieces import Piece, cut
 from planner.planning import plan_model
-from planner.result import PlannedStage, Result
+from planner.result import Result
 from planner.values import reference
 from planner.verify import stages_document, stages_text, verify_stages
 from planner.verify.stages import Alone, stages_alone
@@ -42,10 +44,10 @@ def planned(schedule: str, topology: str = "dgx-a100-80gb:1x8", **sizes: str | i
 class Stage:
     """A stage's program, run without a mesh on what it gets."""
 
-    def __init__(self, alone: Alone, planned: PlannedStage, inputs: Mapping[str, Any]) -> None:
+    def __init__(self, alone: Alone, piece: Piece, inputs: Mapping[str, Any]) -> None:
         import jax
 
-        self.program, self.planned = load(alone.source), planned
+        self.program, self.piece = load(alone.source), piece
         self.step = jax.jit(self.program["train_step"])
         self.batch = {n: np.zeros(*row[:2]) for n, row in self.program["INPUTS"].items()}
         self.batch |= {n: inputs[f"{n}.all"] for n in self.batch if f"{n}.all" in inputs}
@@ -56,7 +58,7 @@ class Stage:
         }
 
     def _own(self, name: str, inputs: Mapping[str, Any], parameter: str = "") -> Any:
-        turns = self.planned.piece.turns.get(parameter or name)
+        turns = self.piece.turns.get(parameter or name)
         whole = np.asarray(inputs[name], np.float32)
         return whole if turns is None else whole[turns[0] : turns[1]]
 
@@ -67,22 +69,16 @@ class Stage:
 
 def stages_of(result: Result, inputs: Mapping[str, Any]) -> list[Stage]:
     """All stages, each with the layers that it has; equal ones run the same program."""
-    from planner.pipelining.pieces import cut
-
     programs = {n: alone for alone in stages_alone(result) for n in alone.numbers}
     pieces = cut(result.model.graph, result.plan.starts)
-    found = []
-    for number, piece in enumerate(pieces):
-        own = PlannedStage(piece, result.graph, result.plan, {})
-        found.append(Stage(programs[number], own, inputs))
-    return found
+    return [Stage(programs[n], piece, inputs) for n, piece in enumerate(pieces)]
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_stages_together_compute_a_step(schedule: str) -> None:
     """Activations handed on, cotangents handed back, gradients of the embedding, which first and
-    last stage have, exchanged: loss and new parameters are those of the whole step. All microbatches
-    are alike, because a stage's program receives the same for each."""
+    last stage have, exchanged: loss and new parameters are those of the whole step. All
+    microbatches are alike, because a stage's program receives the same for each."""
     pytest.importorskip("jax")
     result = planned(schedule)
     inputs = dict(reference.random_inputs(result.graph))
@@ -91,10 +87,10 @@ def test_stages_together_compute_a_step(schedule: str) -> None:
             inputs[name] = np.repeat(value[:1], MICROBATCHES, axis=0)
     expected = reference.evaluate(result.graph, inputs)
     stages = stages_of(result, inputs)
-    for stage, then in zip(stages, stages[1:], strict=False):
+    for stage, then in pairwise(stages):
         results, _, _ = stage.run()
-        for key, local in stage.planned.piece.sent.items():
-            then.batch[then.planned.piece.received[key]] = results[f"{local}.sent"]
+        for key, local in stage.piece.sent.items():
+            then.batch[then.piece.received[key]] = results[f"{local}.sent"]
     given: dict[tuple[str, int], Any] = {}
     for number in reversed(range(len(stages))):
         stage = stages[number]
@@ -102,9 +98,9 @@ def test_stages_together_compute_a_step(schedule: str) -> None:
         given |= {
             (name, number): results[own] for name, (own, _) in stage.program["SHARED"].items()
         }
-        for key, local in stage.planned.piece.received.items():
+        for key, local in stage.piece.received.items():
             before = stages[number - 1]
-            sent = received_cotangent(before.planned.piece.sent[key])
+            sent = received_cotangent(before.piece.sent[key])
             before.batch[sent] = results[stage.program["RETURNED"][local]]
     assert {number for _, number in given} == {0, len(stages) - 1}
     new: dict[str, list[Any]] = {}
@@ -138,9 +134,9 @@ def test_every_kind_of_stage_is_compiled_on_its_submesh(schedule: str) -> None:
         assert arguments.error == pytest.approx(0, abs=1e-4)
         assert s.found.mesh == f"{size} chips, {size} devices, mesh data={size}"
     shown = stages_text(v)
-    assert "each stage compiled alone on its submesh; in-flight buffers of the schedule are" in shown
+    assert "each stage compiled alone on its submesh; in-flight buffers of the schedule" in shown
     assert "stages 1 … 2, 2 equal ones" in shown
-    assert shown.endswith(f"verdict: {'yes' if v.ok else 'no'}: 3 figures agree\n") or not v.ok
+    assert v.ok is ("verdict: yes" in shown)
     found = stages_document(v)
     assert [s["numbers"] for s in found["stages"]] == [[0], [1, 2], [3]]
     assert found["ok"] is v.ok
