@@ -130,8 +130,8 @@ def stages_text(v: VerifiedStages) -> str:
         f"{v.model}, {v.schedule}: predicted against the {compiled.backend} compiler "
         f"({_versions(compiled)})",
         "each stage compiled alone on its submesh; in-flight buffers of the schedule are ours and "
-        "added;",
-        f"what moves along {v.axis} is in no stage's program and not compared",
+        "added",
+        f"transfers along {v.axis} are in no stage's program, and not compared",
     ]
     for stage in v.stages:
         lines += ["", _stage_head(stage), "", *_tables(stage.found)]
