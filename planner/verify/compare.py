@@ -72,7 +72,7 @@ class Verification:
     rows: tuple[Row, ...]
     collectives: tuple[Row, ...]
     raw: tuple[Row, ...]
-    held_bytes: int = 0  # of both peaks: what the program compiled leaves out
+    held_bytes: int = 0  # of the compiled peak: what the program leaves out
 
     @property
     def judged(self) -> tuple[Row, ...]:
@@ -97,8 +97,8 @@ def compare(
     result: Result, compiled: Compiled, reading: Reading | None, thresholds: Thresholds,
     held_bytes: int = 0,
 ) -> Verification:  # fmt: skip
-    """`reading`: the compiled program's; None if there is none (out of memory). `held_bytes`: of
-    the predicted peak, what is not the program's and so comes to the compiled one."""
+    """`reading`: the compiled program's; None if there is none (out of memory). `held_bytes`: what
+    the device has besides the program, in the predicted peak but not the compiled one."""
     rows = memory_rows(result, compiled, thresholds, held_bytes)
     collectives: tuple[Row, ...] = ()
     as_is: tuple[Row, ...] = ()
@@ -134,7 +134,7 @@ def memory_rows(
     return (
         Row("arguments", "B", arguments, compiled.argument_bytes, t.arguments if judged else None),
         Row("peak", "B", peak, found, t.peak if judged else None),
-        Row("temporaries", "B", peak - held_bytes - arguments, compiled.temp_bytes),
+        Row("temporaries", "B", max(result.memory.profile) - arguments, compiled.temp_bytes),
     )
 
 

@@ -39,6 +39,7 @@ def stages_document(v: VerifiedStages) -> dict[str, Any]:
         "stages": [
             {"numbers": list(s.alone.numbers), "mesh": s.found.mesh,
              "in_flight": s.alone.in_flight, "held_bytes": s.alone.held_bytes,
+             "unreduced": list(s.alone.unreduced),
              **_findings(s.found)}
             for s in v.stages
         ],
@@ -134,19 +135,26 @@ def stages_text(v: VerifiedStages) -> str:
         f"transfers along {v.axis} are in no stage's program, and not compared",
     ]
     for stage in v.stages:
-        lines += ["", _stage_head(stage), "", *_tables(stage.found)]
+        lines += ["", *_stage_head(stage), "", *_tables(stage.found)]
     return "\n".join([*lines, "", _stages_verdict(v)]) + "\n"
 
 
-def _stage_head(s: VerifiedStage) -> str:
+def _stage_head(s: VerifiedStage) -> list[str]:
     numbers, held = s.alone.numbers, _amount(s.alone.held_bytes, "B")
     which = f"stage {numbers[0]}"
     if len(numbers) > 1:
         which = f"stages {numbers[0]} … {numbers[-1]}, {len(numbers)} equal ones"
-    return (
+    lines = [
         f"{which}, on {s.found.mesh}: microbatches in flight {s.alone.in_flight}, {held} added to "
-        "both peaks"
-    )
+        "the compiled peak"
+    ]
+    if s.alone.unreduced:
+        axes = " and ".join(s.alone.unreduced)
+        lines.append(
+            f"the plan reduces gradients over {axes} after the last microbatch; XLA has to do it "
+            "in each, and keeps less"
+        )
+    return lines
 
 
 def _stages_verdict(v: VerifiedStages) -> str:

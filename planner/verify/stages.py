@@ -1,9 +1,9 @@
 """Pipelines whose stages have programs of their own: each compiled alone on its submesh.
 
-Stages with equal programs are compiled once, the one whose device needs most standing for all. A
-program has one microbatch in flight, and of other stages nothing. So the peak of the device is that
-of the program and what the schedule adds to it by our reading (costmodels.pipeline_memory): further
-microbatches in flight, and other stages of the device. Both sides get the same bytes.
+Stages with equal programs are compiled once, the one whose device needs most for all of them. A
+program has one microbatch in flight, and of other stages nothing. So the compiled peak of the device
+is that of the program and what the schedule adds to it by our reading (costmodels.pipeline_memory):
+further microbatches in flight, and other stages of the device, while the stage works.
 """
 
 from __future__ import annotations
@@ -21,19 +21,23 @@ from planner.export.jax_program import jax_program
 from planner.export.jax_stage import Sides, stage_model
 from planner.export.placement import placement
 from planner.graph.flops import count_flops
-from planner.result import Result
+from planner.pipelining.stages import microbatch_loop
+from planner.result import PlannedStage, Result
 from planner.verify.compare import Verification
 from planner.verify.errors import BackendError
 
 
 @dataclass(frozen=True)
 class Alone:
-    """A stage by itself: `numbers` are the stages that it stands for, `result` has the bytes of its
-    device, of which `held_bytes` are none of its program's. `in_flight`: microbatches of it."""
+    """A stage by itself: `numbers` are the stages that it stands for, `result` has the peak of its
+    device, with the profile of its own program, to which the schedule adds `held_bytes` while it
+    works on a microbatch. `in_flight`: of these.
+    `unreduced`: axes over which the plan sums gradients after the last microbatch only."""
 
     numbers: tuple[int, ...]
     in_flight: int
     held_bytes: int
+    unreduced: tuple[str, ...]
     result: Result
     source: str
 
@@ -77,22 +81,32 @@ def stages_alone(result: Result) -> Iterator[Alone]:
         )
         stage = pipeline.stages[number]
         program = with_crossing(stage)
-        at = profile.index(max(profile))
-        held = profile[at] - int(StageMemory.of(stage).profile[at])
+        own = StageMemory.of(stage)
+        at = own.body + int(own.profile[own.body : own.stop].argmax())
+        held = profile[at] - int(own.profile[at])
+        memory = replace(
+            result.memory, peak_bytes=max(profile), profile=tuple(own.profile.tolist())
+        )
         planned = result.stages[number]
         model = stage_model(result.model, result.plan.starts, number, planned)
         inner = result.mesh.without(pipeline.axis)
         alone = replace(
             result, model=model, mesh=inner, graph=planned.step, plan=planned.plan,
             program=program, timing=simulate(program, inner),
-            specs=planned.specs,
-            memory=replace(result.memory, peak_bytes=max(profile)),
-            flops=count_flops(planned.step), stages=(),
+            specs=planned.specs, memory=memory, flops=count_flops(planned.step), stages=(),
         )  # fmt: skip
         source = jax_program(model, submesh, placement(alone), Sides.of(planned))
         yield Alone(
-            tuple(numbers), pipeline.in_flight[number], held, replace(alone, mesh=submesh), source
-        )
+            tuple(numbers), pipeline.in_flight[number], held, _unreduced(planned),
+            replace(alone, mesh=submesh), source,
+        )  # fmt: skip
+
+
+def _unreduced(stage: PlannedStage) -> tuple[str, ...]:
+    """Only of sums that are as large as a parameter: those of a scalar are nobody's concern."""
+    loop = microbatch_loop(stage.step)
+    sums = (stage.specs[k.entry] for k in loop.carries if loop.body.tensors[k.entry].shape)
+    return tuple(sorted({axis for spec in sums for axis in spec.partial}))
 
 
 def _equal(stages: Sequence[StageProgram]) -> list[list[int]]:
