@@ -1,19 +1,21 @@
 """Pipelines whose stages have programs of their own: each compiled alone on its submesh.
 
 Stages with equal programs are compiled once, the one whose device needs most for all of them. A
-program has one microbatch in flight, and of other stages nothing. So the compiled peak of the device
-is that of the program and what the schedule adds to it by our reading (costmodels.pipeline_memory):
-further microbatches in flight, and other stages of the device, while the stage works.
+program has one microbatch in flight, and of other stages nothing. So the compiled peak of the
+device is that of the program and what the schedule adds to it by our reading
+(costmodels.pipeline_memory): further microbatches in flight, and other stages of the device, while
+the stage works.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 from costmodels.pipeline import PipelineProgram, StageProgram
 from costmodels.pipeline_memory import StageMemory, device_memory
-from costmodels.program import Program
+from costmodels.program import ITEM_BYTES, Program
 from costmodels.schedule import BACKWARD, FORWARD
 from costmodels.simulate import simulate
 from meshes.errors import MeshError
@@ -26,13 +28,16 @@ from planner.result import PlannedStage, Result
 from planner.verify.compare import Verification
 from planner.verify.errors import BackendError
 
+MINOR = 0.01
+
 
 @dataclass(frozen=True)
 class Alone:
     """A stage by itself: `numbers` are the stages that it stands for, `result` has the peak of its
     device, with the profile of its own program, to which the schedule adds `held_bytes` while it
     works on a microbatch. `in_flight`: of these.
-    `unreduced`: axes over which the plan sums gradients after the last microbatch only."""
+    `unreduced`: axes over which the plan sums gradients, MINOR of the peak, only after the last
+    microbatch."""
 
     numbers: tuple[int, ...]
     in_flight: int
@@ -97,16 +102,21 @@ def stages_alone(result: Result) -> Iterator[Alone]:
         )  # fmt: skip
         source = jax_program(model, submesh, placement(alone), Sides.of(planned))
         yield Alone(
-            tuple(numbers), pipeline.in_flight[number], held, _unreduced(planned),
-            replace(alone, mesh=submesh), source,
+            tuple(numbers), pipeline.in_flight[number], held,
+            _unreduced(planned, MINOR * max(profile)), replace(alone, mesh=submesh), source,
         )  # fmt: skip
 
 
-def _unreduced(stage: PlannedStage) -> tuple[str, ...]:
-    """Only of sums that are as large as a parameter: those of a scalar are nobody's concern."""
-    loop = microbatch_loop(stage.step)
-    sums = (stage.specs[k.entry] for k in loop.carries if loop.body.tensors[k.entry].shape)
-    return tuple(sorted({axis for spec in sums for axis in spec.partial}))
+def _unreduced(stage: PlannedStage, least_bytes: float) -> tuple[str, ...]:
+    """Axes over which sums of at least `least_bytes` wait."""
+    loop, sizes = microbatch_loop(stage.step), stage.plan.sizes
+    waiting: dict[str, int] = {}
+    for carry in loop.carries:
+        t, spec = loop.body.tensors[carry.entry], stage.specs[carry.entry]
+        for axis in spec.partial:
+            held = prod(spec.local_shape(t.shape, sizes)) * ITEM_BYTES[t.dtype]
+            waiting[axis] = waiting.get(axis, 0) + held
+    return tuple(sorted(axis for axis, held in waiting.items() if held >= least_bytes))
 
 
 def _equal(stages: Sequence[StageProgram]) -> list[list[int]]:
