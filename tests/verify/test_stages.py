@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -137,6 +138,10 @@ def test_every_kind_of_stage_is_compiled_on_its_submesh(schedule: str) -> None:
     assert "each stage compiled alone on its submesh; in-flight buffers of the schedule" in shown
     assert "stages 1 … 2, 2 equal ones" in shown
     assert v.ok is ("verdict: yes" in shown)
+    needs_more = replace(v.stages[1].found, held_bytes=v.stages[1].found.limit_bytes)
+    short = replace(v, stages=(v.stages[0], replace(v.stages[1], found=needs_more)))
+    assert "stage 1: predicted to fit, but the compiler runs out of memory" in stages_text(short)
+    assert not short.ok
     found = stages_document(v)
     assert [s["numbers"] for s in found["stages"]] == [[0], [1, 2], [3]]
     assert found["ok"] is v.ok
