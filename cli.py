@@ -323,8 +323,11 @@ def verify(
         recovered,
         recovered_document,
         recovered_text,
+        stages_document,
+        stages_text,
         text,
         verify,
+        verify_stages,
     )
 
     screen = Screen(quiet, color)
@@ -338,6 +341,9 @@ def verify(
             both = recovered(planned.result, few, backend, python, limit)
             shown = recovered_document(both) if form == "json" else recovered_text(both)
             ok = both.ok
+        elif planned.result.stages:
+            each = verify_stages(planned.result, backend, python, timeout_s=limit)
+            shown, ok = stages_document(each) if form == "json" else stages_text(each), each.ok
         else:
             found = verify(planned.result, backend, python, timeout_s=limit)
             shown, ok = document(found) if form == "json" else text(found), found.ok

@@ -8,7 +8,7 @@ while it works on one. Microbatches that arrive before their task starts are not
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -48,12 +48,14 @@ class StageMemory:
 
     @cached_property
     def between(self) -> tuple[list[int], list[int]]:
-        """Buffers that live between the two halves: one per microbatch, and one for all."""
-        entries = {k.entry for k in self.stage.microbatches.carries}
+        """Buffers that live between the two halves: one per microbatch, and one for all. Narrow
+        stacks of parameters are made for each half: nothing of them waits."""
+        loop = self.stage.microbatches
+        entries, narrow = {k.entry for k in loop.carries}, set(_narrowed(loop.body))
         stash: list[int] = []
         kept: list[int] = []
         for b, start, stop in self.spans:
-            if start < self.split < stop:
+            if start < self.split < stop and b not in narrow:
                 own = start >= self.body and b not in entries
                 (stash if own else kept).append(b)
         return stash, kept
@@ -82,6 +84,12 @@ class StageMemory:
         profile[self.body : self.split] += forward - apart
         profile[self.split : self.stop] += backward - apart
         return profile
+
+
+def _narrowed(block: Block) -> Iterator[int]:
+    for step in block:
+        if isinstance(step, LoopStep):
+            yield from (*step.narrowed, *_narrowed(step.body))
 
 
 def steps(block: Block) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -62,6 +62,34 @@ class LogicalMesh:
         ids = np.arange(self.devices).reshape([p.size for p in self.parts])
         order = [i for name in self.names for i, p in enumerate(self.parts) if p.axis == name]
         return ids.transpose(order).reshape([size for _, size in self.axes])
+
+    def without(self, axis: str) -> LogicalMesh:
+        """The other axes, on the links where they are."""
+        axes = tuple((name, size) for name, size in self.axes if name != axis)
+        return LogicalMesh(self.topology, axes, tuple(p for p in self.parts if p.axis != axis))
+
+    def at_one_place(self, axis: str) -> LogicalMesh:
+        """The devices at one position along `axis`, as a machine of their own: a smaller torus, or
+        fewer nodes and devices of each. What is left of a ring is a line."""
+        parts: list[Part] = []
+        sizes = [1] * len(self.topology.links)
+        for part in reversed(self.parts):
+            if part.axis != axis:
+                parts.append(replace(part, stride=sizes[part.dim]))
+                sizes[part.dim] *= part.size
+        links = []
+        for link, size in zip(self.topology.links, sizes, strict=True):
+            if link.kind == "core" and size != link.size:
+                raise MeshError(
+                    "bad-layout", f"axis {axis!r} divides the cores of a chip",
+                    "a machine has whole chips: give the axis other dimensions in the layout",
+                )  # fmt: skip
+            kind = "line" if link.kind == "ring" and size != link.size else link.kind
+            links.append(replace(link, size=size, kind=kind))
+        family, _, _ = self.topology.name.partition(":")
+        dims = "x".join(str(x.size) for x in links if x.kind != "core")
+        topology = replace(self.topology, name=f"{family}:{dims}", links=tuple(links))
+        return LogicalMesh(topology, self.without(axis).axes, tuple(reversed(parts)))
 
     def assignment(self) -> str:
         """One clause per axis: `x = dim x (32); y = dim y (32) × core (2)`."""

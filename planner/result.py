@@ -18,8 +18,20 @@ from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.flops import FlopCount
 from planner.model import DECODE, Model
+from planner.pipelining.pieces import Piece
 from planner.plan import Plan
 from planner.sharding.spec import Spec
+
+
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage of a pipeline with a program of its own: `step` is that of `piece`, `specs` by the
+    names that tensors have there."""
+
+    piece: Piece
+    step: Graph
+    plan: Plan
+    specs: Mapping[str, Spec]
 
 
 @dataclass(frozen=True)
@@ -28,7 +40,8 @@ class Result:
 
     `specs`: where every materialised tensor lies (stacked parameters with their stacked
     dimensions). `limit_bytes` is per device; `headroom` the fraction by which the compiler may
-    need more than predicted. `notes` say what a reader of the report should know.
+    need more than predicted. `notes` say what a reader of the report should know. `stages`: of a
+    pipeline whose stages have programs of their own, equal ones the same.
     """
 
     model: Model
@@ -43,6 +56,7 @@ class Result:
     headroom: float
     specs: Mapping[str, Spec]
     notes: tuple[str, ...] = ()
+    stages: tuple[PlannedStage, ...] = ()
 
     @property
     def one_program(self) -> Program:

@@ -63,15 +63,13 @@ class LossWriter:
         """Tensors that some op reads in another sharding than their own."""
         return {name for _, name in self.uses}
 
-    def lines(self) -> list[str]:
-        """The body of the function, unindented."""
+    def lines(self, results: Sequence[str]) -> list[str]:
+        """The body of a function that makes `results`, unindented; `variables` has their names."""
         self.tensors = self.graph.all_tensors()
         for name in self.graph.inputs:
             where = "params" if self.tensors[name].role == "parameter" else "batch"
             self.variables[name] = f'{where}["{name}"]'
-        loss = self.graph.outputs[0]
-        written = self._scope(self.graph.nodes, {loss}, "")
-        return [*written, f"return {self.variables[loss]}"]
+        return self._scope(self.graph.nodes, set(results), "")
 
     # ---- scopes -----------------------------------------------------------------------------
 

@@ -14,10 +14,11 @@ from planner.export.jax_expr import JNP_DTYPES, partition
 from planner.export.jax_loss import LossWriter, wrapped
 from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
+from planner.export.jax_stage import ZEROS, Sides, stage_outputs, step_source
 from planner.export.placement import Placement, placement
 from planner.graph.core import Graph, Tensor
 from planner.graph.saving import saved_values
-from planner.model import Model, Training, remat_text
+from planner.model import SEVERAL_CHUNKS, Model, Pipeline, Training, remat_text
 from planner.pipelining.stacked import stacked
 from planner.result import Result
 from planner.sharding.spec import Spec, replicated
@@ -31,9 +32,11 @@ def result_program(result: Result) -> str:
     return jax_program(model, result.mesh, placement(result))
 
 
-def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
+def jax_program(
+    model: Model, mesh: LogicalMesh, place: Placement, sides: Sides | None = None
+) -> str:
     """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
-    to the compiler (activations)."""
+    to the compiler (activations). `sides`: what makes the model a stage of a pipeline."""
     if model.inference is not None:
         raise ExportError(
             f"{model.name} is planned for {model.inference.phase}: JAX programs are written for "
@@ -42,18 +45,21 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
     if model.pipeline is not None:
         raise ExportError(
             f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "
-            "programs of their own, which one JAX program cannot hold; the nearest that it can is "
-            "schedule gpipe with inside: false"
+            "programs of their own, which one JAX program cannot hold; the nearest plan that is "
+            f"one program is made with {nearest_in_one_program(model.pipeline)}"
         )
     graph, training = model.graph, model.training
-    tables = _Tables(graph, training, place)
+    tables = _Tables(graph, training, place, sides)
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
+    kept = saved_values(model) if sides is None else sides.saved
     writer = LossWriter(
-        graph, annotated, saved_values(model), place.uses, sums, place.gradients, place.together,
-        place.first, place.apart, place.softmax, place.sliced, place.rounds,
+        graph, annotated, kept, place.uses, sums, place.gradients, place.together, place.first,
+        place.apart, place.softmax, place.sliced, place.rounds,
     )  # fmt: skip
-    body, used = writer.lines(), writer.helpers
+    made = stage_outputs(graph, sides.boundary) if sides else ([*graph.outputs[:1]], [])
+    body, used = writer.lines([*made[0], *made[1]]), writer.helpers
+    body.append(f"return {_returned(writer, made) if sides else writer.variables[made[0][0]]}")
     parts = [
         _header(model, mesh),
         _mesh_source(mesh),
@@ -63,15 +69,38 @@ def jax_program(model: Model, mesh: LogicalMesh, place: Placement) -> str:
         _HELPERS.strip("\n").split("\n"),
         *(t.strip("\n").split("\n") for names, t in _FUNCTIONS.items() if used & {*names}),
         ["def loss_fn(params, batch, mesh=None):",
-         f'    """Loss of one {"microbatch" if training.accumulation_steps > 1 else "batch"}."""',
+         f'    """{_does(training, sides)}"""',
          "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
          *(("    product = partial(placed_product, mesh=mesh)",) if "product" in used else ()),
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
-        _step_source(training),
-        _TAIL.strip("\n").split("\n"),
+        _step_source(graph, training, sides),
+        (_TAIL.replace(*_STAGE_RESULTS) if sides else _TAIL).strip("\n").split("\n"),
     ]  # fmt: skip
     return "\n\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def nearest_in_one_program(pipeline: Pipeline) -> str:
+    """The options that make one program of a pipeline whose stages have their own."""
+    several = pipeline.schedule in SEVERAL_CHUNKS
+    wanted = {"schedule": "circular" if several else "gpipe"}
+    if several:
+        wanted["interleave"] = str(pipeline.interleave)
+    wanted["inside"] = "false"
+    return " ".join(f"--set pipeline.{key}={value}" for key, value in wanted.items())
+
+
+def _does(training: Training, sides: Sides | None) -> str:
+    if sides is None:
+        return f"Loss of one {'microbatch' if training.accumulation_steps > 1 else 'batch'}."
+    return "What one microbatch leaves the stage with: with a gradient, and without."
+
+
+def _returned(writer: LossWriter, made: tuple[Sequence[str], Sequence[str]]) -> str:
+    rows = ({name: writer.variables[name] for name in names} for names in made)
+    return ", ".join(
+        f"{{{', '.join(f'{name!r}: {code}' for name, code in row.items())}}}" for row in rows
+    )
 
 
 def _header(model: Model, mesh: LogicalMesh) -> list[str]:
@@ -113,8 +142,11 @@ def _mesh_source(mesh: LogicalMesh) -> list[str]:
 class _Tables:
     """Shapes, dtypes and specs of the arguments, and specs of annotated activations."""
 
-    def __init__(self, graph: Graph, training: Training, place: Placement) -> None:
+    def __init__(
+        self, graph: Graph, training: Training, place: Placement, sides: Sides | None
+    ) -> None:
         self.graph, self.training, self.specs = graph, training, place.tensors
+        self.sides = sides
         self.parameters = {p.name: p for p in graph.parameters()}
         self.states = states_of(graph, training)
         self.activations = self._annotated()
@@ -130,6 +162,12 @@ class _Tables:
         return found
 
     def source(self) -> list[str]:
+        crossing, results = {}, []
+        if self.sides is not None:
+            crossing = {n: _row(*row) for n, row in self.sides.inputs.items()}
+            crossing[ZEROS] = f"(({self.training.accumulation_steps},), jnp.int32, P(None))"
+            rows = {n: _row(*row) for n, row in self.sides.results.items()}
+            results = ["", "# What it makes for other stages.", *_table("RESULTS", rows)]
         return [
             "# Parameters (stacked over layers): shape, dtype, sharding.",
             *_table("PARAMETERS", {p: self._argument(t) for p, t in self.parameters.items()}),
@@ -138,19 +176,21 @@ class _Tables:
             *_table("STATES", {p: self._states(p) for p in self.parameters}),
             "",
             "# Inputs of one step.",
-            *_table("INPUTS", {n: self._argument(t) for n, t in self._inputs().items()}),
+            *_table("INPUTS", {n: self._argument(t) for n, t in self._inputs().items()} | crossing),
+            *results,
             "",
             "# Shardings of activations, by name; remove a line to leave one to the compiler.",
             *_table("ACTIVATIONS", {n: partition(s) for n, s in self.activations.items()}),
         ]
 
     def _inputs(self) -> dict[str, Tensor]:
-        steps = self.training.accumulation_steps
+        steps, crossing = self.training.accumulation_steps, self.sides.inputs if self.sides else {}
+        stacked = steps > 1 or self.sides is not None
         found = {}
         for name in self.graph.inputs:
             t = self.graph.tensors[name]
-            if t.role != "parameter":
-                shape = (steps, *t.shape) if steps > 1 else t.shape
+            if t.role != "parameter" and name not in crossing:
+                shape = (steps, *t.shape) if stacked else t.shape
                 found[name] = Tensor(name, shape, t.dtype, t.dims, t.role)
         return found
 
@@ -220,8 +260,10 @@ def _saved_source(writer: LossWriter) -> list[str]:
     return lines
 
 
-def _step_source(training: Training) -> Sequence[str]:
+def _step_source(graph: Graph, training: Training, sides: Sides | None) -> Sequence[str]:
     steps = training.accumulation_steps
+    if sides is not None:
+        return step_source(sides, steps, JNP_DTYPES[training.gradients], graph.outputs[0])
     text = _ONE_STEP if steps == 1 else _ACCUMULATED.replace("STEPS", str(steps))
     return text.strip("\n").split("\n")
 
@@ -553,6 +595,11 @@ def train_step(params, states, batch, mesh=None):
     new = {name: update(name, p, grads[name], states[name]) for name, p in params.items()}
     return loss, {n: p for n, (p, _) in new.items()}, {n: s for n, (_, s) in new.items()}
 '''
+
+_STAGE_RESULTS = (  # in place of the loss
+    "(NamedSharding(mesh, P()), params",
+    "(_map_rows(lambda row: NamedSharding(mesh, row[2]), RESULTS), params",
+)
 
 _TAIL = '''
 def _is_row(value):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from planner.graph.core import Loop, Node, Op
+from planner.graph.core import Graph, Loop, Node, Op
 from planner.graph.derive import training_step
 from planner.graph.recompute import AGAIN
 from planner.model import Model
@@ -40,7 +40,12 @@ def chain(
 
 def saved_values(model: Model) -> frozenset[str]:
     """What the bodies of the forward pass save, by the model's names."""
-    return frozenset(_saved(training_step(model).nodes))
+    return saved_in(training_step(model))
+
+
+def saved_in(step: Graph) -> frozenset[str]:
+    """The same of a step."""
+    return frozenset(_saved(step.nodes))
 
 
 def _saved(nodes: Iterable[Node]) -> Iterable[str]:

@@ -28,7 +28,7 @@ from planner.pipelining.pieces import Piece, PipelineError, cut
 from planner.pipelining.stage_planning import Crossing, StagePlanning
 from planner.plan import Plan, Proof
 from planner.planning import Infeasible, Options, Progress, explain
-from planner.result import Result
+from planner.result import PlannedStage, Result
 from planner.sharding.choices import Choice
 from planner.sharding.formulate import least_compute
 from planner.sharding.spec import Spec
@@ -73,10 +73,7 @@ class PipelinePlanning:
     @cached_property
     def inner(self) -> LogicalMesh:
         """The axes that shard a stage, on the links where they are."""
-        axis = self.pipeline.axis
-        axes = tuple((name, size) for name, size in self.mesh.axes if name != axis)
-        parts = tuple(part for part in self.mesh.parts if part.axis != axis)
-        return LogicalMesh(self.mesh.topology, axes, parts)
+        return self.mesh.without(self.pipeline.axis)
 
     @cached_property
     def table(self) -> Table:
@@ -196,20 +193,23 @@ class PipelinePlanning:
     def result(
         self, kinds: Kinds, plans: Sequence[Plan], starts: tuple[int, ...], proof: Proof
     ) -> Result:
-        made: dict[tuple[int, int], StageProgram] = {}  # (kind, layers) → program
+        made: dict[tuple[int, int], tuple[StageProgram, PlannedStage]] = {}  # (kind, layers) →
         specs: dict[str, Spec] = {}
-        programs = []
+        found = []
         for piece, kind in zip(kinds.pieces, kinds.kind_of, strict=True):
             key = (kind, piece.layers)
             if key not in made:
                 stage = self.stage(piece, {})
                 stage.check(plans[kind])
-                made[key] = stage.stage(plans[kind])
-                for name, spec in resolve_specs(stage.flow, plans[kind], stage.resharder).items():
+                own = resolve_specs(stage.flow, plans[kind], stage.resharder)
+                planned = PlannedStage(piece, stage.graph, plans[kind], own)
+                made[key] = stage.stage(plans[kind]), planned
+                for name, spec in own.items():
                     specs.setdefault(name, spec)
-            programs.append(made[key])
+            found.append(made[key])
+        programs, stages = zip(*found, strict=True)
         axis = self.pipeline.axis
-        program = PipelineProgram(self.mesh.axes, axis, tuple(programs), self.table)
+        program = PipelineProgram(self.mesh.axes, axis, programs, self.table)
         program = replace(program, reported=slowest(program, self.mesh))
         choices: dict[str, Choice] = {}
         for plan in plans:
@@ -221,7 +221,7 @@ class PipelinePlanning:
             simulate_pipeline(program, self.mesh), read_pipeline_memory(program),
             count_flops(self.graph),
             int(self.mesh.chip.usable_bytes) if limit is None else limit,
-            self.options.headroom, specs, self.mesh.topology.notes,
+            self.options.headroom, specs, self.mesh.topology.notes, stages,
         )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.collectives import collective_seconds
+from costmodels.narrowing import narrow_stacks
 from costmodels.pipeline import StageProgram
 from costmodels.pipeline_memory import StageMemory, read_alike
 from costmodels.program import ITEM_BYTES
@@ -154,6 +155,8 @@ class StagePlanning(Planning):
 
     def stage(self, plan: Plan) -> StageProgram:
         program = lower(self.flow, plan, self.resharder)
+        if self.mesh.chip.family == "tpu":
+            program = narrow_stacks(program)
         return stage_program(program, self.graph, self.own)
 
     def _timed(self, stage: StageProgram) -> Timing:

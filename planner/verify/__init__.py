@@ -9,6 +9,7 @@ compiler in a process of its own, `hlo` and `hlo_reading` read what came out, `c
 
 from __future__ import annotations
 
+from costmodels.pipeline import PipelineProgram
 from planner.export.jax_ops import ExportError
 from planner.export.jax_program import result_program
 from planner.result import Result
@@ -18,7 +19,15 @@ from planner.verify.errors import BackendError
 from planner.verify.fewest import Recovered, recovered
 from planner.verify.hlo import HloError, parse
 from planner.verify.hlo_reading import read
-from planner.verify.show import document, recovered_document, recovered_text, text
+from planner.verify.show import (
+    document,
+    recovered_document,
+    recovered_text,
+    stages_document,
+    stages_text,
+    text,
+)
+from planner.verify.stages import VerifiedStage, VerifiedStages, stages_alone
 from planner.verify.targets import BACKENDS, backend_of
 
 
@@ -35,17 +44,36 @@ def verify(
     return compare_compiled(result, compiled, thresholds)
 
 
+def verify_stages(
+    result: Result, backend: str | None = None, python: str | None = None,
+    thresholds: Thresholds | None = None, timeout_s: float = DEFAULT_TIMEOUT_S,
+) -> VerifiedStages:  # fmt: skip
+    """The same for a pipeline whose stages have programs of their own, one after the other."""
+    if not isinstance(result.program, PipelineProgram) or result.model.pipeline is None:
+        raise ValueError(f"{result.model.name} is one program")
+    goal, found = backend or backend_of(result.mesh), []
+    for alone in stages_alone(result):
+        compiled = compile_program(alone.source, alone.result.mesh, goal, python, timeout_s)
+        compared = compare_compiled(alone.result, compiled, thresholds, alone.held_bytes)
+        found.append(VerifiedStage(alone, compared))
+    pipeline = result.model.pipeline
+    return VerifiedStages(
+        result.model.name, result.mesh.describe(), pipeline.schedule, pipeline.axis, tuple(found)
+    )
+
+
 def compare_compiled(
-    result: Result, compiled: Compiled, thresholds: Thresholds | None = None
+    result: Result, compiled: Compiled, thresholds: Thresholds | None = None, held_bytes: int = 0
 ) -> Verification:
-    """A plan against what a compiler has made of it. Raises BackendError."""
+    """A plan against what a compiler has made of it (`held_bytes` as in `compare`). Raises
+    BackendError."""
     reading = None
     if compiled.status == "compiled":
         try:
             reading = read(parse(compiled.hlo), result.mesh.axes)
         except HloError as error:
             raise BackendError(f"cannot read what the compiler wrote: {error}") from error
-    return compare(result, compiled, reading, thresholds or Thresholds())
+    return compare(result, compiled, reading, thresholds or Thresholds(), held_bytes)
 
 
 def compile_result(
@@ -59,6 +87,7 @@ def compile_result(
 
 __all__ = [
     "BACKENDS", "BackendError", "Compiled", "ExportError", "Recovered", "Thresholds",
-    "Verification", "compare_compiled", "compile_result", "document", "recovered",
-    "recovered_document", "recovered_text", "text", "verify",
+    "Verification", "VerifiedStages", "compare_compiled", "compile_result", "document", "recovered",
+    "recovered_document", "recovered_text", "stages_document", "stages_text", "text", "verify",
+    "verify_stages",
 ]  # fmt: skip

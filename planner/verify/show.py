@@ -11,6 +11,7 @@ from planner.sharding.spec import Spec
 from planner.verify.compare import Row, Verification, summary
 from planner.verify.compile import Compiled
 from planner.verify.fewest import Recovered
+from planner.verify.stages import VerifiedStage, VerifiedStages
 
 _SCALES = {"B": (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10), ("B", 1)),
            "FLOP": (("PFLOP", 1e15), ("TFLOP", 1e12), ("GFLOP", 1e9), ("FLOP", 1)),
@@ -25,6 +26,28 @@ def document(v: Verification) -> dict[str, Any]:
         "mesh": v.mesh,
         "backend": v.compiled.backend,
         "versions": dict(v.compiled.versions),
+        **_findings(v),
+    }
+
+
+def stages_document(v: VerifiedStages) -> dict[str, Any]:
+    """One entry per kind of stage, with the same keys."""
+    compiled = v.stages[0].found.compiled
+    return {
+        "schema_version": 1, "model": v.model, "mesh": v.mesh, "schedule": v.schedule,
+        "backend": compiled.backend, "versions": dict(compiled.versions), "ok": v.ok,
+        "stages": [
+            {"numbers": list(s.alone.numbers), "mesh": s.found.mesh,
+             "in_flight": s.alone.in_flight, "held_bytes": s.alone.held_bytes,
+             "unreduced": list(s.alone.unreduced),
+             **_findings(s.found)}
+            for s in v.stages
+        ],
+    }  # fmt: skip
+
+
+def _findings(v: Verification) -> dict[str, Any]:
+    return {
         "status": v.compiled.status,
         "seconds": v.compiled.seconds,
         "fits": v.fits,
@@ -96,30 +119,79 @@ def _versions(compiled: Compiled) -> str:
 def text(v: Verification) -> str:
     """Everything compared, the verdict last."""
     versions = _versions(v.compiled)
+    head = f"{v.model}: predicted against the {v.compiled.backend} compiler ({versions})"
+    return "\n".join([v.mesh, head, "", *_tables(v), "", verdict(v)]) + "\n"
+
+
+def stages_text(v: VerifiedStages) -> str:
+    """A block for every kind of stage, the verdict over all last."""
+    compiled = v.stages[0].found.compiled
     lines = [
         v.mesh,
-        f"{v.model}: predicted against the {v.compiled.backend} compiler ({versions})",
-        "",
+        f"{v.model}, {v.schedule}: predicted against the {compiled.backend} compiler "
+        f"({_versions(compiled)})",
+        "each stage compiled alone on its submesh; in-flight buffers of the schedule are ours and "
+        "added",
+        f"transfers along {v.axis} are in no stage's program, and not compared",
     ]
+    for stage in v.stages:
+        lines += ["", *_stage_head(stage), "", *_tables(stage.found)]
+    return "\n".join([*lines, "", _stages_verdict(v)]) + "\n"
+
+
+def _stage_head(s: VerifiedStage) -> list[str]:
+    numbers, held = s.alone.numbers, _amount(s.alone.held_bytes, "B")
+    which = f"stage {numbers[0]}"
+    if len(numbers) > 1:
+        which = f"stages {numbers[0]} … {numbers[-1]}, {len(numbers)} equal ones"
+    lines = [
+        f"{which}, on {s.found.mesh}: microbatches in flight {s.alone.in_flight}, {held} added to "
+        "the compiled peak"
+    ]
+    if s.alone.unreduced:
+        axes = " and ".join(s.alone.unreduced)
+        lines.append(
+            f"the plan reduces gradients over {axes} after the last microbatch; XLA has to do it "
+            "in each, and keeps less"
+        )
+    return lines
+
+
+def _stages_verdict(v: VerifiedStages) -> str:
+    verdicts = [(s.alone.numbers[0], s.found) for s in v.stages]
+    wrong = [f"stage {n}: {_reason(found)}" for n, found in verdicts if not found.ok]
+    if wrong:
+        return f"verdict: no: {'; '.join(wrong)}"
+    if any(found.compiled.status == "exhausted" for _, found in verdicts):
+        return "verdict: yes: predicted not to fit, and it does not"
+    judged = sum(r.threshold is not None for _, found in verdicts for r in found.judged)
+    return f"verdict: yes: {judged} figures agree"
+
+
+def _tables(v: Verification) -> list[str]:
+    lines = []
     if v.compiled.status == "exhausted":
         lines += [f"the compiler ran out of memory{_needed(v)}", ""]
     lines += _table(("per device", "predicted", "compiled", "error", ""), v.rows)
     if v.collectives:
         lines += ["", *_table(("collectives, one form", "", "", "", ""), v.collectives)]
         lines += ["", *_table(("collectives as they are", "", "", "", ""), v.raw)]
-    lines += ["", verdict(v)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def verdict(v: Verification) -> str:
-    if v.false_fits:
-        return "verdict: no: predicted to fit, but the compiler runs out of memory"
-    wrong = [r.name for r in v.judged if r.exceeded]
-    if wrong:
-        return f"verdict: no: beyond the threshold: {', '.join(wrong)}"
+    if not v.ok:
+        return f"verdict: no: {_reason(v)}"
     if v.compiled.status == "exhausted":
         return "verdict: yes: predicted not to fit, and it does not"
     return f"verdict: yes: {sum(r.threshold is not None for r in v.judged)} figures agree"
+
+
+def _reason(v: Verification) -> str:
+    """Why it is not ok."""
+    if v.false_fits:
+        return "predicted to fit, but the compiler runs out of memory"
+    return f"beyond the threshold: {', '.join(r.name for r in v.judged if r.exceeded)}"
 
 
 def _needed(v: Verification) -> str:

@@ -73,7 +73,9 @@ def _tpu(mesh: LogicalMesh) -> Target:
             f"the TPU compiler has no chip '{mesh.chip.name}'",
             f"it knows {', '.join(_GENERATIONS)}",
         )
-    dims = mesh.topology.dims
+    # Of a stage's submesh any dimension may be 1. Hosts are flat: libtpu wants these last, and the
+    # order of the devices stays.
+    dims = sorted(mesh.topology.dims, key=lambda size: size == 1)
     topology: dict[str, Any] = {
         "platform": "tpu", "topology_name": f"{generation}:{'x'.join(map(str, dims))}",
     }  # fmt: skip

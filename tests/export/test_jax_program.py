@@ -480,7 +480,7 @@ def test_mesh_of_another_size_is_refused() -> None:
 
 def test_pipelined_programs_are_refused() -> None:
     model = replace(support.transformer(pipeline_microbatches=4), pipeline=Pipeline("x"))
-    with pytest.raises(ExportError, match="schedule gpipe with inside"):
+    with pytest.raises(ExportError, match="schedule=gpipe --set pipeline"):
         jax_program(model, MESH, Placement({}))
 
 

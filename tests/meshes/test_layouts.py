@@ -136,3 +136,38 @@ def test_curves_are_interpolated_and_flat_outside(size):
     assert 10 <= rate <= 40
     assert interpolate(curve, 3) == (2.0, 15.0)
     assert interpolate(curve, 100) == (4.0, 40.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "machine", "owned"),
+    [
+        ("tpu-v4:4x8x8", {"pipe": 8, "data": 8, "model": 4}, "tpu-v4:4x1x8",
+         "data = z (8); model = x (4)"),
+        ("tpu-v5e:4x8", {"pipe": 2, "data": 4, "model": 4}, "tpu-v5e:4x4",
+         "data = x (4); model = y (4)"),
+        ("dgx-a100-80gb:4x8", {"pipe": 2, "data": 2, "model": 8}, "dgx-a100-80gb:2x8", None),
+    ],
+)  # fmt: skip
+def test_the_devices_at_one_place_are_a_smaller_machine(
+    name: str, shape: dict[str, int], machine: str, owned: str | None
+) -> None:
+    mesh = meshes.logical(meshes.resolve(name), shape)
+    inner = mesh.at_one_place("pipe")
+    assert inner.topology.name == machine
+    assert inner.axes == mesh.axes[1:]
+    assert inner.devices == mesh.devices // shape["pipe"]
+    assert inner.device_order().shape == tuple(size for _, size in inner.axes)
+    if owned is not None:
+        assert inner.assignment() == owned
+    shortened = [b.kind for a, b in zip(mesh.topology.links, inner.topology.links, strict=True)
+                 if a.size != b.size]  # fmt: skip
+    assert "ring" not in shortened
+
+
+def test_cores_of_a_chip_stay_together() -> None:
+    mesh = meshes.logical(
+        meshes.resolve("tpu-v3:4x4"), {"pipe": 2, "data": 16},
+        {"pipe": {"core": 2}, "data": {"x": 4, "y": 4}},
+    )  # fmt: skip
+    with pytest.raises(meshes.MeshError, match="divides the cores of a chip"):
+        mesh.at_one_place("pipe")
