@@ -39,10 +39,10 @@ class Gradients:
         made = [out for out, (maker, _) in self.terms.get(name, {}).items() if _of(maker, op)]
         return self._place(made[0]) if len(made) == 1 else None
 
-    def sums(self, name: str) -> bool:
-        """Whether a term of a gradient is made as sums over devices."""
-        return any(
-            self.choices[op.name].result(op.rule, k, self.order).partial
+    def sums(self, name: str) -> int:
+        """How many terms of a gradient are made as sums over devices."""
+        return sum(
+            bool(self.choices[op.name].result(op.rule, k, self.order).partial)
             for op, k in self.terms.get(name, {}).values()
         )
 

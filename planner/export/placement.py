@@ -250,7 +250,8 @@ def _apart(
         made = made_at.of(name) if name in tensors else None
         if made is None or made == spec:
             continue
-        if name in weights or not _keeps(made, spec):
+        # Told a place, XLA reduces every term to it, and not their sum.
+        if name in weights or not (_keeps(made, spec) or made_at.sums(name) > 1):
             found[name] = made
     looked_up = (op for op, _ in result.model.graph.walk() if op.attrs.get("onehot") == "take")
     for op in looked_up:
