@@ -1,16 +1,17 @@
 """Whether a compiler recovers a plan from its fewest annotations (planner.minimal).
 
 Two programs go through the compiler, the one with all of the plan's shardings and the one that
-leaves everything but a few annotations to it; what came out is compared.
+leaves everything but a few annotations to it; what came out is compared. Neither says in which
+order gradients are made: that is no annotation, and helps only where it is known how they lie.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from planner.export.jax_program import jax_program, result_program
-from planner.export.placement import only
+from planner.export.jax_program import jax_program
+from planner.export.placement import only, placement
 from planner.minimal import MAX_GROWTH, Minimal
 from planner.result import Result
 from planner.verify.compare import Row, Thresholds, collective_rows, compiled_moves
@@ -51,8 +52,8 @@ def recovered(
 ) -> Recovered:
     """Compiles both programs. Raises BackendError or ExportError."""
     goal = backend or backend_of(result.mesh)
-    place = only(found.result, found.annotations)
-    programs = result_program(result), jax_program(result.model, result.mesh, place)
+    places = replace(placement(result), first={}), only(found.result, found.annotations)
+    programs = (jax_program(result.model, result.mesh, place) for place in places)
     every, few = (compile_program(p, result.mesh, goal, python, timeout_s) for p in programs)
     rows = (Row("peak", "B", few.peak_bytes, every.peak_bytes, MAX_GROWTH),)
     collectives: tuple[Row, ...] = ()
