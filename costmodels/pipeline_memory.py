@@ -108,12 +108,17 @@ class DeviceMemory:
 
 def read_pipeline_memory(program: PipelineProgram) -> Memory:
     """The memory of the device that needs most."""
+    alone = each_alone(program)
+    found = [device_memory(program, alone, place).memory for place in range(program.devices)]
+    return max(found, key=lambda memory: memory.peak_bytes)
+
+
+def each_alone(program: PipelineProgram) -> list[StageMemory]:
+    """Of every stage; equal ones share theirs."""
     known: dict[int, StageMemory] = {}
     for stage in program.stages:
         known.setdefault(id(stage.program), StageMemory.of(stage))
-    alone = [known[id(stage.program)] for stage in program.stages]
-    found = [device_memory(program, alone, place).memory for place in range(program.devices)]
-    return max(found, key=lambda memory: memory.peak_bytes)
+    return [known[id(stage.program)] for stage in program.stages]
 
 
 def read_alike(alone: StageMemory, copies: int, chunks: int) -> Memory:

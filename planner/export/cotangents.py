@@ -16,6 +16,7 @@ class Gradients:
     def __init__(self, result: Result) -> None:
         self.choices = result.plan.choices
         self.order = [name for name, _ in result.mesh.axes]
+        self.makers: dict[str, tuple[Op, int]] = {}  # gradient → what makes it
         self.terms: dict[str, dict[str, tuple[Op, int]]] = {}  # tensor → gradient → its maker
         self.readers: dict[str, list[Op]] = {}
         for op, _ in result.graph.walk():
@@ -25,7 +26,7 @@ class Gradients:
                 self.readers.setdefault(name, []).append(op)
             for k, out in enumerate(op.outs):
                 if named := re.fullmatch(r"(.*)\.grad(_\d+)?", out):
-                    self.terms.setdefault(named[1], {})[out] = (op, k)
+                    self.makers[out] = self.terms.setdefault(named[1], {})[out] = (op, k)
 
     def of(self, name: str) -> Spec | None:
         """Where all terms of a gradient are added up, or the only one lies; None where the plan
@@ -56,8 +57,7 @@ class Gradients:
 
     def _place(self, gradient: str) -> Spec | None:
         """Sums are where their reader has them."""
-        named = re.fullmatch(r"(.*)\.grad(_\d+)?", gradient)
-        op, k = self.terms[named[1] if named else ""][gradient]
+        op, k = self.makers[gradient]
         made = self.choices[op.name].result(op.rule, k, self.order)
         return made if not made.partial else _only(self._read(gradient))
 

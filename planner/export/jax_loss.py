@@ -194,7 +194,7 @@ class LossWriter:
                 self.parameter_of[s.inner] = self.parameter_of.get(s.outer, s.outer)
         entries = [self._variable(k.entry, own) for k in loop.carries]
         in_rounds = prefix in self.ticks
-        if _chooses(loop):
+        if _choices(loop):
             self.ticks.add(own)
         head = []
         for v, k in zip(entries, loop.carries, strict=True):
@@ -230,28 +230,26 @@ class LossWriter:
 
     def _tick(self, loop: Loop, function: str, argument: str) -> tuple[list[str], str]:
         """What calls `function` in every tick, and lends it parameters."""
-        if not _chooses(loop):
+        if not _choices(loop):
             return [], function
         name = self._variable(f"{function}.lent", "")
         lines = [f"def {name}({argument}, w):", "    rounds = {"]
-        for op in loop.body.nodes:
-            if isinstance(op, Op) and op.attrs.get("onehot") == "choose":
-                ins = ", ".join(self._operand(i) for i in op.ins)
-                code = f'"{op.outs[0]}": chosen_round({ins}, {op.attrs["turns"]}),'
-                lines += [f"        {line}" for line in wrapped(code)]
+        for op in _choices(loop):
+            ins = ", ".join(self._operand(i) for i in op.ins)
+            code = f'"{op.outs[0]}": chosen_round({ins}, {op.attrs["turns"]}),'
+            lines += [f"        {line}" for line in wrapped(code)]
         return [*lines, "    }", f"    return {function}({argument}, w, rounds)", ""], name
 
     def _rounds(self, loop: Loop, prefix: str) -> list[str]:
         """Parameters of which every iteration reads another part, as it reads them."""
         lines = []
-        for op in loop.body.nodes:
-            if isinstance(op, Op) and op.attrs.get("onehot") == "choose":
-                name, code = op.ins[0], self._operand(op.ins[0])
-                if name in self.rounds:
-                    where = ", ".join(partition(s) for s in self.rounds[name] if s is not None)
-                    variable = self._variable(f"{name}.read", prefix)
-                    self.variables[name] = variable
-                    lines += wrapped(f"{variable} = copy({code}, {where})")
+        for op in _choices(loop):
+            name, code = op.ins[0], self._operand(op.ins[0])
+            if name in self.rounds:
+                where = ", ".join(partition(s) for s in self.rounds[name] if s is not None)
+                variable = self._variable(f"{name}.read", prefix)
+                self.variables[name] = variable
+                lines += wrapped(f"{variable} = copy({code}, {where})")
         return lines
 
     def _key(self, stack: Stack, loop: Loop) -> str:
@@ -262,16 +260,17 @@ class LossWriter:
         that it chooses. Compilers inline a loop of one iteration, and would find what it computes
         again."""
         if loop.of_parts:
-            keeps = ", policy=ROUNDS" if _chooses(loop) else None
+            keeps = ", policy=ROUNDS" if _choices(loop) else None
         else:
             keeps = ", policy=SAVED" if self.labels else ""
         once = loop.times == 1
         return [] if keeps is None else [f"@partial(jax.checkpoint, prevent_cse={once}{keeps})"]
 
 
-def _chooses(loop: Loop) -> bool:
+def _choices(loop: Loop) -> list[Op]:
+    """Ops of a tick that choose parameters by stage."""
     nodes = (n for n in loop.body.nodes if isinstance(n, Op))
-    return any(n.attrs.get("onehot") == "choose" for n in nodes)
+    return [n for n in nodes if n.attrs.get("onehot") == "choose"]
 
 
 def _live(nodes: Sequence[Node], wanted: Collection[str]) -> list[Node]:

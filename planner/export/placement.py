@@ -227,8 +227,9 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
             otherwise = _split(makers[0], plan) != _split(op, plan)
             home = result.specs.get(name)
             otherwise = otherwise or (home is not None and _moves(made, home))
-            way = _turns(makers[0].outs[0], made, result, ways)
-            if way or otherwise or _cut_when_whole(makers[0], made, result, ways):
+            path = _path_to_reader(makers[0].outs[0], made, result, ways)
+            way = _turns(path)
+            if way or otherwise or _cut_when_whole(path):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
                 read = choice.operand(rule, at)
                 found[op.name, name] = Gradient(
@@ -269,9 +270,8 @@ def _moves(made: Spec, home: Spec) -> bool:
     )  # fmt: skip
 
 
-def _cut_when_whole(op: Op, made: Spec, result: Result, ways: _Ways) -> bool:
-    """Whether the sums that `op` makes are reduced whole, and then cut for who reads them."""
-    path = _path_to_reader(op.outs[0], made, result, ways)
+def _cut_when_whole(path: Sequence[Move]) -> bool:
+    """Whether sums are reduced whole, and then cut for who reads them."""
     return {"all-reduce", "slice"} <= {move.kind for move in path}
 
 
@@ -285,10 +285,9 @@ def _through(again: str, name: str, read: Spec, result: Result, ways: _Ways) -> 
     return lies if rest == {"all-gather"} else None
 
 
-def _turns(name: str, made: Spec, result: Result, ways: _Ways) -> Sequence[Spec]:
+def _turns(path: Sequence[Move]) -> Sequence[Spec]:
     """The places between, where several axes move to other dimensions one after the other. Of
     that compilers make gathers of the whole tensor."""
-    path = _path_to_reader(name, made, result, ways)
     several = sum(move.kind == "all-to-all" for move in path) > 1
     return [m.result for m in path[:-1] if not m.result.partial] if several else ()
 

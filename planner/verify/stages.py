@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from math import prod
 
 from costmodels.pipeline import PipelineProgram, StageProgram
-from costmodels.pipeline_memory import StageMemory, device_memory
+from costmodels.pipeline_memory import device_memory, each_alone
 from costmodels.program import ITEM_BYTES, Program
 from costmodels.schedule import BACKWARD, FORWARD
 from costmodels.simulate import simulate
@@ -80,13 +80,18 @@ def stages_alone(result: Result) -> Iterator[Alone]:
         submesh = result.mesh.at_one_place(pipeline.axis)
     except MeshError as error:
         raise BackendError(f"a stage cannot be compiled alone: {error}") from None
+    memories = each_alone(pipeline)
+
+    def on_device(number: int) -> tuple[int, ...]:
+        """Bytes of a stage's device at each of the stage's steps."""
+        return device_memory(pipeline, memories, pipeline.place(number)).profiles[number]
+
     for numbers in _equal(pipeline.stages):
         number, profile = max(
-            ((n, _profile(pipeline, n)) for n in numbers), key=lambda found: max(found[1])
+            ((n, on_device(n)) for n in numbers), key=lambda found: max(found[1])
         )
-        stage = pipeline.stages[number]
-        program = with_crossing(stage)
-        own = StageMemory.of(stage)
+        program = with_crossing(pipeline.stages[number])
+        own = memories[number]
         at = own.body + int(own.profile[own.body : own.stop].argmax())
         held = profile[at] - int(own.profile[at])
         memory = replace(
@@ -124,13 +129,6 @@ def _equal(stages: Sequence[StageProgram]) -> list[list[int]]:
     for number, stage in enumerate(stages):
         found.setdefault(id(stage), []).append(number)
     return list(found.values())
-
-
-def _profile(pipeline: PipelineProgram, number: int) -> tuple[int, ...]:
-    """Bytes of a stage's device at each of the stage's steps."""
-    known = {id(s): StageMemory.of(s) for s in pipeline.stages}
-    alone = [known[id(s)] for s in pipeline.stages]
-    return device_memory(pipeline, alone, pipeline.place(number)).profiles[number]
 
 
 def with_crossing(stage: StageProgram) -> Program:

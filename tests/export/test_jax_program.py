@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from given_choices import chosen
 from small_models import built, conv_net, decoder, experts
 
 import meshes
@@ -32,7 +33,6 @@ from planner.graph.optimizers import RATE
 from planner.model import OPTIMIZERS, Model, Pipeline, Remat, Training
 from planner.pipelining.stacked import stacked
 from planner.planning import price_annotations
-from planner.result import Result
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Spec
 from planner.values import reference
@@ -384,16 +384,6 @@ def test_a_gradient_split_otherwise_than_its_product_is_named() -> None:
     gradient = found["layers.in", name.removesuffix(".grad")]
     assert gradient.made == Spec(((), ("y",)))
     assert gradient.cotangent == Spec((("x",), (), ("y",)))
-
-
-def chosen(result: Result, **splits: dict[str, tuple[str, ...]]) -> Result:
-    """`result` with other choices: op → factor → axes."""
-    ops = {op.name: op for op, _ in result.graph.walk()}
-    choices = {
-        name: Choice(tuple(split.get(f.name, ()) for f in ops[name].rule.factors))
-        for name, split in splits.items()
-    }
-    return replace(result, plan=replace(result.plan, choices={**result.plan.choices, **choices}))
 
 
 def test_sums_that_are_reduced_whole_and_cut_are_named() -> None:

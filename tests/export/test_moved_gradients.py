@@ -3,17 +3,14 @@ made."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+from given_choices import chosen
 from small_models import decoder
 
 import meshes
 from planner.export.jax_program import result_program
 from planner.export.placement import placement
 from planner.planning import plan_model, price_annotations
-from planner.result import Result
-from planner.sharding.choices import Choice
 from planner.sharding.spec import Spec
 from planner.source import find
 
@@ -37,16 +34,6 @@ def test_they_are_told_where_they_are_made() -> None:
             moved += 1
             assert told[op, weight].made == made.without_partial()
     assert moved
-
-
-def chosen(result: Result, **splits: dict[str, tuple[str, ...]]) -> Result:
-    """`result` with other choices: op → factor → axes."""
-    ops = {op.name: op for op, _ in result.graph.walk()}
-    choices = {
-        name: Choice(tuple(split.get(f.name, ()) for f in ops[name].rule.factors))
-        for name, split in splits.items()
-    }
-    return replace(result, plan=replace(result.plan, choices={**result.plan.choices, **choices}))
 
 
 def test_gradients_of_parameters_lie_where_the_update_has_them() -> None:
