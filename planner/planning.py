@@ -92,7 +92,7 @@ class Options:
     """How to plan. `memory_bytes`: limit per device instead of the chip's own. Without
     `least_memory`, no plan is looked for once nothing fits (it takes longer than the proof). What
     has no promise to be faster than `to_beat_s` is given up. `known`: of meshes (by `meshes.alike`)
-    what has been seen without constraints."""
+    what has been seen without constraints, `like`: of this mesh what a similar model has shown."""
 
     memory_bytes: int | None = None
     headroom: float = DEFAULT_HEADROOM
@@ -102,6 +102,7 @@ class Options:
     least_memory: bool = True
     to_beat_s: float = inf
     known: Mapping[Hashable, Seen] = field(default_factory=dict, compare=False)
+    like: Seen | None = field(default=None, compare=False)
 
 
 class Infeasible(Exception):
@@ -352,7 +353,7 @@ class Planning:
     def countings(self, seen: Sequence[Candidate]) -> Iterator[Counts]:
         """What communication counts at first, then what has been exposed in the plans `seen`,
         which grow meanwhile, until their times settle. Raises NoPromise."""
-        joined = self.joined() if self.follows else None
+        joined = (self.options.like or self.joined()) if self.follows else None
         guesses = () if joined else GUESSES
         yield from (self.counts(weights) for weights in guesses)
         if not self.follows:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import meshes
+from costmodels.exposure import exposed_shares
+from costmodels.program import Program
 from meshes import LogicalMesh
 from meshes.resolve import from_text
 from planner.errors import InputError
@@ -39,6 +41,7 @@ from planner.search import saving, staging
 from planner.search.candidates import IMPOSSIBLE, TOO_LARGE, Trial, search
 from planner.search.pool import processes
 from planner.source import Source
+from planner.weighting import Seen
 
 WORTH_A_PROCESS_S = 5.0  # planning that takes less ends before another process has started
 
@@ -167,7 +170,9 @@ def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
     """
     if not planned.result.fits:
         return []
-    request = replace(request, source=planned.source, shape=planned.stamp.shape_text)
+    options = replace(request.options, like=_seen(planned.result))
+    shape = planned.stamp.shape_text
+    request = replace(request, source=planned.source, shape=shape, options=options)
     clock = Clock.of(request.options.time_limit_s)
     assumed = planned.result.model.assumed
     ends = [_End(request, f"{a.key}={end}", clock) for a in assumed for end in (a.low, a.high)]
@@ -177,6 +182,14 @@ def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
         found = spread(_hfu_at, ends)
     pairs = zip(assumed, found[::2], found[1::2], strict=True)
     return [Sensitivity(a.key, low[0], high[0]) for a, low, high in pairs if low[1] and high[1]]
+
+
+def _seen(result: Result) -> Seen | None:
+    """What a plan of one program has shown, where that makes planning another quicker."""
+    program = result.program
+    if not result.mesh.chip.overlap or not isinstance(program, Program):
+        return None
+    return Seen(result.timing.step_time_s, exposed_shares(program, result.mesh))
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ step times that they have if two of their axes are joined, unless that or a firs
 out, until several in a row bring nothing. Pipelines, of which no
 bound is known, come last in their own order, again until several in a row bring nothing.
 
-Candidates are planned in batches of a fixed size, so the answer does not depend on how many
-processes share the work.
+What a candidate can know of others is fixed by its place (all but the few just before it), so the
+answer does not depend on how many processes share the work.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import inf, isfinite
 from time import monotonic
@@ -43,11 +43,11 @@ from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
 from planner.saving import plan_saving, saving_bound
-from planner.search.pool import Spread, processes
+from planner.search.pool import Processes, processes
 from planner.tying import tied_meshes
 from planner.weighting import PLAIN, Seen, Weights
 
-BATCH = 4
+AHEAD = 4  # candidates begun before the first of them must be done
 SAME = 1e-3  # step times that differ by less are equal
 ORDINARY_AXES = 2
 PATIENCE = 12  # candidates in a row that may fail to be faster,
@@ -103,6 +103,7 @@ class _Call:
     model: Model
     trial: Trial
     options: Options
+    number: int = -1  # of the trial in its search
 
 
 def search(
@@ -154,7 +155,7 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
 class _Search:
     model: Model
     options: Options
-    spread: Spread
+    spread: Processes
     progress: Progress | None
     candidates: Sequence[Trial] = ()
     trials: list[Trial] = field(default_factory=list)
@@ -189,23 +190,35 @@ class _Search:
             self.trials[i] = trial
 
     def _plan(self, order: Sequence[int], patience: int) -> None:
-        """Plans the trials of these numbers in batches, as long as there is hope and time."""
-        waiting = list(order)
-        idle = 0
-        while waiting and idle < patience and not self._late():
-            waiting = [i for i in waiting if not self._hopeless(i)]
-            batch, waiting = waiting[:BATCH], waiting[BATCH:]
-            options = replace(self._options(), known=self._known())
-            calls = [
-                _Call(self.model, self.trials[i], replace(options, to_beat_s=self._to_beat(i)))
-                for i in batch
-            ]
-            for i, trial in zip(batch, self._each(_plan, calls, "planning"), strict=True):
-                self.settled[i] = trial
-                faster = trial.outcome == FITS and trial.step_time_s < self.best_s * (1 - SAME)
-                idle = 0 if faster else idle + 1
-                if trial.outcome == FITS:
-                    self.best_s = min(self.best_s, trial.step_time_s)
+        """Plans the trials of these numbers, as long as there is hope and time."""
+        idle = begun = 0
+
+        def calls() -> Iterator[_Call]:
+            nonlocal begun
+            for i in order:
+                if idle + begun >= patience or self._late():
+                    return
+                if not self._hopeless(i):
+                    begun += 1
+                    options = replace(
+                        self._options(), known=self._known(), to_beat_s=self._to_beat(i)
+                    )
+                    yield _Call(self.model, self.trials[i], options, i)
+
+        def settle(call: _Call, trial: Trial) -> None:
+            nonlocal idle, begun
+            begun -= 1
+            self.settled[call.number] = trial
+            faster = trial.outcome == FITS and trial.step_time_s < self.best_s * (1 - SAME)
+            idle = 0 if faster else idle + 1
+            if trial.outcome == FITS:
+                self.best_s = min(self.best_s, trial.step_time_s)
+            self._tell("planning", trial, 0)
+
+        self.spread.rolling(_plan, calls(), settle, _lost, AHEAD)
+        for i in order:
+            if i not in self.settled:
+                self._hopeless(i)
 
     def _to_beat(self, i: int) -> float:
         """Bounds that grow on the way may settle a trial; where they say little, and planning
@@ -273,12 +286,16 @@ class _Search:
         def tell(_: int, trial: Trial) -> None:
             nonlocal done
             done += 1
-            if self.progress is not None:
-                best = f", best {amounts.seconds(self.best_s)}" if isfinite(self.best_s) else ""
-                share = (len(self.settled) + done) / (2 * len(self.candidates))
-                self.progress(f"{what} {trial.name}{best}", share)
+            self._tell(what, trial, done)
 
         return self.spread(function, calls, tell, _lost)
+
+    def _tell(self, what: str, trial: Trial, done: int) -> None:
+        """Of one more trial, the last of `done` that are not yet settled."""
+        if self.progress is not None:
+            best = f", best {amounts.seconds(self.best_s)}" if isfinite(self.best_s) else ""
+            share = (len(self.settled) + done) / (2 * len(self.candidates))
+            self.progress(f"{what} {trial.name}{best}", share)
 
 
 def _lost(call: _Call) -> Trial:

@@ -9,11 +9,13 @@ then called again one after the other, and the call of which its process dies al
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing import get_context, parent_process
 from typing import NoReturn, Protocol, TypeVar
 
@@ -35,6 +37,17 @@ class Spread(Protocol):
     ) -> list[Made]: ...  # fmt: skip
 
 
+class Processes(Spread, Protocol):
+    """Calls may also depend on what others have brought."""
+
+    def rolling(
+        self, function: Callable[[Given], Made], items: Iterable[Given],
+        done: Callable[[Given, Made], None], lost: Callable[[Given], Made], ahead: int,
+    ) -> None:  # fmt: skip
+        """`done` is told of the calls in their order. An item is taken when fewer than `ahead`
+        wait to be done, so which others it can know of does not depend on their speed."""
+
+
 def _nobody(index: int, made: object) -> None:
     """What `done` does where nobody listens."""
 
@@ -44,7 +57,7 @@ def _raise(item: object) -> NoReturn:
 
 
 @contextmanager
-def processes(calls: int) -> Iterator[Spread]:
+def processes(calls: int) -> Iterator[Processes]:
     """For about `calls` calls at a time: on as many processes as there are cores for them. What
     runs in such a process itself gets no more."""
     workers = 1 if parent_process() is not None else min(_cores(), calls)
@@ -78,14 +91,52 @@ class _Pool:
         except BrokenProcessPool:
             self.stop()
         for index in [i for i in range(len(items)) if i not in found]:
-            try:
-                (made,) = over(self._started(1))(function, [items[index]])
-            except BrokenProcessPool:
-                made = lost(items[index])
-                self.stop()
-            tell(index, made)
+            tell(index, self._alone(function, items[index], lost))
         self.stop()  # the next calls get all workers again
         return [found[i] for i in range(len(items))]
+
+    def rolling(
+        self, function: Callable[[Given], Made], items: Iterable[Given],
+        done: Callable[[Given, Made], None], lost: Callable[[Given], Made], ahead: int,
+    ) -> None:  # fmt: skip
+        coming = iter(items)
+        waiting: deque[tuple[Given, Future[Made] | None]] = deque()
+        while True:
+            for item in islice(coming, ahead - len(waiting)):
+                waiting.append((item, self._submitted(function, item)))
+            if not waiting:
+                return
+            item, future = waiting.popleft()
+            try:
+                done(item, _result(future))
+                continue
+            except BrokenProcessPool:
+                self.stop()
+            done(item, self._alone(function, item, lost))
+            for item, future in waiting:
+                try:
+                    made = _result(future)
+                except BrokenProcessPool:
+                    made = self._alone(function, item, lost)
+                done(item, made)
+            waiting.clear()
+            self.stop()
+
+    def _submitted(self, function: Callable[[Given], Made], item: Given) -> Future[Made] | None:
+        """None once a process has died."""
+        try:
+            return self._started(self.workers).submit(function, item)
+        except BrokenProcessPool:
+            return None
+
+    def _alone(
+        self, function: Callable[[Given], Made], item: Given, lost: Callable[[Given], Made]
+    ) -> Made:  # fmt: skip
+        try:
+            return self._started(1).submit(function, item).result()
+        except BrokenProcessPool:
+            self.stop()
+            return lost(item)
 
     def _started(self, workers: int) -> ProcessPoolExecutor:
         if self.executor is None:
@@ -98,6 +149,12 @@ class _Pool:
             self.executor = None
 
 
+def _result(future: Future[Made] | None) -> Made:
+    if future is None:
+        raise BrokenProcessPool
+    return future.result()
+
+
 def _cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -105,16 +162,32 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def in_turn(
-    function: Callable[[Given], Made], items: Sequence[Given],
-    done: Callable[[int, Made], None] = _nobody, lost: Callable[[Given], Made] = _raise,
-) -> list[Made]:  # fmt: skip
+class _InTurn:
     """One call after the other, in this process."""
-    found = []
-    for index, item in enumerate(items):
-        found.append(function(item))
-        done(index, found[-1])
-    return found
+
+    def __call__(
+        self, function: Callable[[Given], Made], items: Sequence[Given],
+        done: Callable[[int, Made], None] = _nobody, lost: Callable[[Given], Made] = _raise,
+    ) -> list[Made]:  # fmt: skip
+        found = []
+        for index, item in enumerate(items):
+            found.append(function(item))
+            done(index, found[-1])
+        return found
+
+    def rolling(
+        self, function: Callable[[Given], Made], items: Iterable[Given],
+        done: Callable[[Given, Made], None], lost: Callable[[Given], Made], ahead: int,
+    ) -> None:  # fmt: skip
+        coming = iter(items)
+        waiting = deque(islice(coming, ahead))
+        while waiting:
+            item = waiting.popleft()
+            done(item, function(item))
+            waiting.extend(islice(coming, 1))
+
+
+in_turn = _InTurn()
 
 
 def over(executor: Executor) -> Spread:

@@ -13,19 +13,25 @@ from planner.model import Model
 from planner.planning import Options, plan_model, surrogate_bound
 from planner.search import candidates as module
 from planner.search.candidates import FITS, IMPOSSIBLE, SLOWER, TOO_LARGE, Trial, front, search
-from planner.search.pool import Spread, in_turn
+from planner.search.pool import Processes, in_turn
 
 ROOMY = Options(headroom=0.0)
 
 
 def model(**training: object) -> Model:
     return decoder(
-        batch=16, positions=64, vocabulary=512, width=256, hidden=1024, heads=8, head=32,
+        batch=16,
+        positions=64,
+        vocabulary=512,
+        width=256,
+        hidden=1024,
+        heads=8,
+        head=32,
         **training,
     )
 
 
-def one_process(_: int) -> AbstractContextManager[Spread]:
+def one_process(_: int) -> AbstractContextManager[Processes]:
     return nullcontext(in_turn)
 
 
@@ -71,7 +77,7 @@ def test_what_was_ruled_out_has_a_bound_that_rules_it_out(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(module, "processes", one_process)
-    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(module, "AHEAD", 1)
     trials = search(model(), all_candidates("tpu-v4:4x8x1"), ROOMY)
     best = trials[0].step_time_s
     slower = [t for t in trials if t.outcome == SLOWER]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator, Sequence
 
 import pytest
 
 from planner.search import pool
-from planner.search.pool import Lost, processes
+from planner.search.pool import Lost, Processes, processes
 
 FATAL = 3
 
@@ -45,3 +46,37 @@ def failing(number: int) -> int:
 def test_a_call_s_own_error_is_the_caller_s() -> None:
     with processes(2) as spread, pytest.raises(ValueError, match="7"):
         spread(failing, [7, 7])
+
+
+class Rolled:
+    """Calls whose items are taken one after the other, with what was done by then."""
+
+    def __init__(self, spread: Processes, numbers: Sequence[int], ahead: int) -> None:
+        self.numbers = numbers
+        self.found: dict[int, int] = {}
+        self.known: list[list[int]] = []
+        spread.rolling(squared, self.items(), self.found.__setitem__, lambda n: -n, ahead)
+
+    def items(self) -> Iterator[int]:
+        for number in self.numbers:
+            self.known.append(list(self.found))
+            yield number
+
+
+@pytest.mark.parametrize("cores", [1, 2])
+def test_rolling_calls_know_of_all_but_the_few_before_them(
+    cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pool, "_cores", lambda: cores)
+    numbers = list(range(10, 18))
+    with processes(8) as spread:
+        rolled = Rolled(spread, numbers, 3)
+    assert rolled.known == [numbers[: max(0, k - 2)] for k in range(8)]
+    assert rolled.found == {n: n**2 for n in numbers}
+
+
+def test_rolling_calls_survive_the_one_that_is_lost() -> None:
+    with processes(8) as spread:
+        rolled = Rolled(spread, range(8), 3)
+        assert spread(squared, [6, 7]) == [36, 49]
+    assert list(rolled.found.items()) == [(n, -n if n == FATAL else n**2) for n in range(8)]
