@@ -47,13 +47,14 @@ class Gradients:
             for op, k in self.terms.get(name, {}).values()
         )
 
-    def read_by(self, name: str, other: str) -> Spec | None:
-        """How the one term of a gradient that is made of `other` and one more tensor reads that."""
+    def read_by(self, name: str, other: str) -> tuple[str, Spec | None]:
+        """What the one term of a gradient is made of besides `other`, and how that is read."""
         ops = [op for op, _ in self.terms.get(name, {}).values() if other in op.ins]
         if len(ops) != 1 or len(ops[0].ins) != 2:
-            return None
-        spec = self.choices[ops[0].name].operand(ops[0].rule, 1 - ops[0].ins.index(other))
-        return None if spec.partial else spec
+            return "", None
+        at = 1 - ops[0].ins.index(other)
+        spec = self.choices[ops[0].name].operand(ops[0].rule, at)
+        return ops[0].ins[at], None if spec.partial else spec
 
     def _place(self, gradient: str) -> Spec | None:
         """Sums are where their reader has them."""

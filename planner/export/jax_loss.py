@@ -45,7 +45,7 @@ class LossWriter:
     gradients: Mapping[tuple[str, str], Gradient] = field(default_factory=dict)
     together: Collection[str] = ()  # products whose gradients are made one after the other
     first: Mapping[str, str] = field(default_factory=dict)  # product → whose gradient comes first
-    apart: Mapping[str, Spec | None] = field(default_factory=dict)  # where gradients lie elsewhere
+    apart: Mapping[str, Sequence[Spec]] = field(default_factory=dict)  # where gradients go instead
     own_softmax: bool = False
     sliced: Collection[str] = ()  # convolutions by the program's own function
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
@@ -139,8 +139,9 @@ class LossWriter:
         """`name`, which lies like `where`; its gradient as the plan says."""
         if name not in self.apart:
             return f'shard({code}, "{where}")'
-        gradient = self.apart[name]
-        return f'copy({code}, "{where}"{"" if gradient is None else f", {partition(gradient)}"})'
+        for gradient in reversed(self.apart[name]):  # the outermost copy has it first
+            code = f'copy({code}, "{where}", {partition(gradient)})'
+        return code if self.apart[name] else f'copy({code}, "{where}")'
 
     def _read(self, node: str, name: str) -> str:
         """A tensor as an op or a loop has it."""
@@ -351,5 +352,3 @@ def _split(text: str) -> list[str]:
             parts.append(text[last:i].strip())
             last = i + 1
     return [p for p in (*parts, text[last:].strip()) if p]
-
-

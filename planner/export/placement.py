@@ -16,7 +16,6 @@ from dataclasses import dataclass, field, replace
 
 from costmodels.program import ITEM_BYTES
 from planner.export.cotangents import Gradients
-from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Node, Op, Tensor
 from planner.graph.recompute import AGAIN, SAVED
@@ -65,8 +64,8 @@ class Placement:
     how these lie where they are made. `gradients`: of a product's operands. `together`: products
     whose two gradients are made one right after the other. `first`: products of which the gradient
     of one operand is made before that of the other. `apart`: tensors whose gradients do not
-    lie as they do, and where these lie, or None where that is left open. `softmax`: whether the
-    gradient of softmax is made of its result, as planned, by a function of the program's own.
+    lie as they do, and the places that these pass to where they lie; none where that is left open.
+    `softmax`: whether its gradient is made of the result, by a function of the program's own.
     `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
     circular pipeline as its ticks read them, and where their gradients add up (None is open)."""
 
@@ -76,7 +75,7 @@ class Placement:
     gradients: Mapping[Use, Gradient] = field(default_factory=dict)
     together: Collection[str] = ()
     first: Mapping[str, str] = field(default_factory=dict)
-    apart: Mapping[str, Spec | None] = field(default_factory=dict)
+    apart: Mapping[str, Sequence[Spec]] = field(default_factory=dict)
     softmax: bool = False
     sliced: Collection[str] = ()
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
@@ -113,7 +112,7 @@ def placement(result: Result) -> Placement:
         gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
-        elif gpu and gathered and _is_cast(op, tensors):
+        elif gpu and gathered and _narrows(op, tensors):
             sums[op.outs[0]] = made
     gradients = _gradients(result, ways)
     at_once = _outside_loops(result) if gpu else {}
@@ -122,7 +121,9 @@ def placement(result: Result) -> Placement:
     together = {op for op, _ in at_once}
     tpu = result.mesh.chip.family == "tpu"
     first = dict(_sums_of_weights(result, made_at, tensors)) if tpu else {}
-    apart = {**dict.fromkeys(_free_casts(result)), **_apart(result, specs, made_at, tensors)}
+    apart = {
+        **dict.fromkeys(_free_casts(result), ()), **_apart(result, specs, made_at, tensors, ways)
+    }  # fmt: skip
     return Placement(
         specs, uses, sums, gradients, together, first, apart, softmax=gpu, sliced=_sliced(result),
         rounds=_rounds(result),
@@ -240,25 +241,28 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
 
 
 def _apart(
-    result: Result, specs: Mapping[str, Spec], made_at: Gradients, tensors: Mapping[str, Tensor]
-) -> dict[str, Spec]:
+    result: Result, specs: Mapping[str, Spec], made_at: Gradients, tensors: Mapping[str, Tensor],
+    ways: _Ways,
+) -> dict[str, Sequence[Spec]]:  # fmt: skip
     """Tensors whose gradients the plan has elsewhere: parameters in loops and their casts, and
     activations whose gradients are made with axes that they lack. Bound to lie like the tensor,
     these would be gathered. And rows that are looked up, whose gradients are read elsewhere."""
     weights = _weights(result, tensors)
-    found = {}
+    found: dict[str, Sequence[Spec]] = {}
     for name, spec in specs.items():
         made = made_at.of(name) if name in tensors else None
         if made is None or made == spec:
             continue
         # Told a place, XLA reduces every term to it, and not their sum.
         if name in weights or not (_keeps(made, spec) or made_at.sums(name) > 1):
-            found[name] = made
+            found[name] = (made,)
     looked_up = (op for op, _ in result.model.graph.walk() if op.attrs.get("onehot") == "take")
     for op in looked_up:
-        read = made_at.read_by(op.ins[0], op.ins[1])
+        gradient, read = made_at.read_by(op.ins[0], op.ins[1])
         if read is not None and read != specs.get(op.outs[0]):
-            found[op.outs[0]] = read
+            lies = specs.get(gradient, read)
+            way = () if lies.partial else ways.between(gradient, lies, read)
+            found[op.outs[0]] = (*way, read)
     return found
 
 
@@ -360,12 +364,12 @@ def _outside_loops(result: Result) -> dict[Use, Spec]:
     return found
 
 
-def _is_cast(op: Op, tensors: Mapping[str, Tensor]) -> bool:
-    """Whether an op only narrows a tensor. Told so, a compiler narrows it before it is gathered."""
-    if len(op.ins) != 1 or op.attrs.get("exprs") != (ex.x(0),):
-        return False
-    before, after = (tensors[n].dtype for n in (op.ins[0], op.outs[0]))
-    return ITEM_BYTES[after] < ITEM_BYTES[before]
+def _narrows(op: Op, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an op ends by narrowing what it has computed: a cast, or anything that is wider in
+    between. Told where that is, a compiler narrows it before it is gathered."""
+    out = tensors[op.outs[0]].dtype
+    wide = (tensors[n].dtype for n in op.ins if tensors[n].dtype[0] in "bf")
+    return op.kind == "map" and any(ITEM_BYTES[d] > ITEM_BYTES[out] for d in wide)
 
 
 def _free_casts(result: Result) -> set[str]:

@@ -342,7 +342,7 @@ def test_copies_and_gradients_that_lie_apart_are_the_same(tmp_path: Path) -> Non
             ("layers.h", "layers.w1.cast"): Gradient(by_x, by_x, Spec(((), ()))),
             ("layers.h", "layers.middle"): Gradient(by_x, Spec(((), ("y",))), by_both),
         },
-        apart={"layers.x.in": Spec((("x",), (), ("y",))), "layers.w1.cast": None},
+        apart={"layers.x.in": (Spec((("x",), (), ("y",))),), "layers.w1.cast": ()},
     )  # fmt: skip
     source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)
     assert 'shard(shard(x, P("y", None, None)), P("x", None, None))' in source
@@ -406,7 +406,7 @@ def test_a_gradient_made_with_more_axes_lies_apart() -> None:
     result = price_annotations(decoder_of({}), MESH, {"layers.ln1.out": (("x",), (), ())})
     split = {"B": ("x",), "D": ("y",)}
     apart = placement(chosen(result, **{"layers.ln1.out.grad_4": split})).apart
-    assert apart["layers.ln1.out"] == Spec((("x",), (), ("y",)))
+    assert apart["layers.ln1.out"] == (Spec((("x",), (), ("y",))),)
     assert "layers.ln1.out" not in placement(
         chosen(result, **{"layers.ln1.out.grad_4": {"B": ("x",)}})
     ).apart

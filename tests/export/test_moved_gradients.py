@@ -3,6 +3,9 @@ made."""
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 import pytest
 from given_choices import chosen
 from small_models import decoder
@@ -46,7 +49,7 @@ def test_gradients_of_parameters_lie_where_the_update_has_them() -> None:
     )
     place = placement(found)
     by_x = Spec((("x",), (), ()))
-    assert place.apart["layers.wq[i]"] == place.apart["layers.wq.cast"] == by_x
+    assert place.apart["layers.wq[i]"] == place.apart["layers.wq.cast"] == (by_x,)
     source = result_program(found)
     assert 'copy(w["wq"], "layers.wq", P("x", None, None))' in source
     assert "layers.wk[i]" not in place.apart
@@ -67,7 +70,34 @@ def test_gradients_of_rows_are_told_how_they_are_read() -> None:
     """Left alone, XLA found ways of its own from the batch to the columns of a table."""
     result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"table": ((), ())})
     found = chosen(result, **{"table.cast.grad_2": {"D": ("y",)}})
-    assert placement(found).apart["x"] == Spec(((), (), ("y",)))
+    assert placement(found).apart["x"] == (Spec(((), (), ("y",))),)
+
+
+def test_gradients_of_rows_are_told_the_places_between() -> None:
+    """Where two collectives take them to their reader: XLA's GPU compiler gathered all of them."""
+    annotation = {"table": ((), ()), "layers.x.in": (("x",), ("y",), ())}
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, annotation)
+    found = chosen(result, **{"table.cast.grad_2": {"D": ("x", "y")}})
+    lies = Spec((("x",), ("y",), ()))
+    found = replace(found, specs={**found.specs, "layers.x.in.grad.out": lies})
+    *way, read = placement(found).apart["x"]
+    assert read == Spec(((), (), ("x", "y")))
+    assert way
+    copies = re.findall(r'"x",\s+P\((.*)\),', result_program(found))
+    assert copies[0] == 'None, None, ("x", "y")'  # the innermost has it last
+    assert len(copies) == 1 + len(way)
+
+
+def test_what_is_narrowed_is_gathered_narrow_on_gpus() -> None:
+    """XLA's GPU compiler gathered the norm of Llama 3 70B in f32 when it was recomputed."""
+    mesh = meshes.logical(meshes.resolve("dgx-a100-80gb:1x8"), {"x": 2, "y": 4})
+    model = decoder(8, optimizer="sgd")
+    whole = {"layers.x.in": (("x",), ("y",), ()), "layers.ln": (("x",), (), ())}
+    made = {"layers.ln": {"B": ("x",), "S": ("y",)}}
+    place = placement(chosen(price_annotations(model, mesh, whole), **made))
+    assert place.sums["layers.ln"] == Spec((("x",), ("y",), ()))
+    told = placement(chosen(price_annotations(model, TPU, whole), **made))
+    assert "layers.ln" not in told.sums
 
 
 @pytest.mark.parametrize("split", [{}, {"B": ("x",)}])
