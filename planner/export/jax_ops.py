@@ -130,7 +130,7 @@ def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> st
         other = used[1 - k]
         mine = _reordered(t.op.rule.ins[j], orders[k])
         others = _reordered(t.op.rule.ins[other], orders[1 - k])
-        read.append(_place(None if copy is None else copy.spec, mine))
+        read.append("None" if copy is None else _places((*copy.way, copy.spec), mine))
         if given is None:
             bound = copy is not None and copy.bound
             made = read[-1] if copy is None else _place(copy.gradient or copy.spec, mine)
