@@ -354,6 +354,11 @@ def linear_groups(
     return tuple(tuple(sorted(g)) for g in groups if ex.linear_in(value, g))
 
 
+def is_cast(op: Op) -> bool:
+    """Whether an op makes the same values in another dtype."""
+    return len(op.ins) == 1 and op.kind == "map" and op.attrs.get("exprs") == (ex.x(0),)
+
+
 def contraction_sizes(op: Op) -> tuple[int, int, int, int] | None:
     """(batch, m, n, k) if `op` is a matmul (a sum of products of two operands), else None.
 

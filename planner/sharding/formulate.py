@@ -30,6 +30,7 @@ from costmodels.collectives import collective_seconds
 from costmodels.pricing import many_kernel_seconds, prices
 from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh
+from planner.graph.builder import is_cast
 from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
 from planner.ilp.clock import Clock
@@ -62,6 +63,7 @@ class Space:
     home_seconds: HomeSeconds | None = None  # what a home costs by itself, if not nothing
     as_laid: Mapping[str, Spec] = field(default_factory=dict)
     check: Callable[[], None] = lambda: None
+    narrow_first: bool = False  # whether to leave out plans that move what is only to be narrowed
     resharder: Resharder = field(init=False)
     keys: list[Key] = field(init=False, default_factory=list)
     choices: dict[str, tuple[Choice, ...]] = field(init=False, default_factory=dict)
@@ -157,7 +159,16 @@ class Space:
         """Seconds of one execution of `c` for every pair of distinct source and target specs."""
         sources, _ = self.rows(c.source)
         targets, _ = self.rows(c.target)
-        return self.resharder.matrix(sources, targets, c.shape, ITEM_BYTES[c.dtype], c.reduce)
+        found = self.resharder.matrix(sources, targets, c.shape, ITEM_BYTES[c.dtype], c.reduce)
+        return _only_free(found) if self.narrow_first and self._narrows(c.target) else found
+
+    def _narrows(self, target: Place) -> bool:
+        """Whether an op only narrows what it reads there. Compilers do that before they move it."""
+        if target.kind != "operand":
+            return False
+        op = self.flow.sites[target.op].op
+        before, after = (self.tensors[n].dtype for n in (op.ins[0], op.outs[0]))
+        return is_cast(op) and ITEM_BYTES[after] < ITEM_BYTES[before]
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
         found = []
@@ -381,6 +392,12 @@ class _Levels:
             found.append(each)
             columns.append(part)
         return cls(np.array(own), np.concatenate(found, axis=1), np.concatenate(columns, axis=1))
+
+
+def _only_free(seconds: Array) -> Array:
+    """Nothing that takes time, where a source can do without."""
+    free = seconds == 0.0
+    return np.where(free | ~free.any(axis=1, keepdims=True), seconds, np.inf)
 
 
 def mesh_resharder(mesh: LogicalMesh, uneven: bool = False) -> Resharder:
