@@ -271,7 +271,13 @@ class Planning:
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
 
     def step(self) -> Graph:
-        return step_of(self.model, keep=tuple(self.annotation))
+        return step_of(self.model, tuple(self.annotation), self.lean)
+
+    @property
+    def lean(self) -> bool:
+        """Whether the backward pass is ordered for memory: as TPUs' compiler does it, which
+        programs tell to make gradients of weights first (see planner.export.placement)."""
+        return self.mesh.chip.family == "tpu"
 
     def laid_out(self) -> Flow:
         return build_flow(self.graph, self.pins(), uneven=self.model.uneven)
@@ -297,8 +303,9 @@ class Planning:
         self.say("pricing choices")
         rigid = {n: axes for n, axes in self.annotation.items() if n in self.as_laid}
         return Space(
-            self.flow, self.mesh, self.home_seconds(), self.specs_of(rigid), self.check_time
-        )
+            self.flow, self.mesh, self.home_seconds(), self.specs_of(rigid), self.check_time,
+            narrow_first=not rigid,
+        )  # fmt: skip
 
     def home_seconds(self) -> HomeSeconds | None:
         """What homes cost by themselves: nothing."""

@@ -59,24 +59,28 @@ def given_gradient(parameter: str, giver: int) -> str:
     return f"{parameter}.grad.of{giver}"
 
 
-def step_of(model: Model, keep: Collection[str] = ()) -> Graph:
+def step_of(model: Model, keep: Collection[str] = (), lean: bool = False) -> Graph:
     """What a step runs. That of inference is the model's graph itself."""
     if model.inference is not None:
         return fuse_graph(model.graph, keep)
-    return training_step(model, keep)
+    return training_step(model, keep, lean)
 
 
-def training_step(model: Model, keep: Collection[str] = ()) -> Graph:
+def training_step(model: Model, keep: Collection[str] = (), lean: bool = False) -> Graph:
     """The step's graph: inputs → loss, new parameters and states (aliased to the old ones).
 
-    Tensors in `keep`, and their cotangents, are never fused away.
+    Tensors in `keep`, and their cotangents, are never fused away. `lean`: the backward pass in an
+    order of less memory, which may hide less communication. Gradients of weights come before those
+    of what they multiply, and nothing is recomputed before it is read.
     """
-    return piece_step(fuse_graph(model.graph, keep), model.training, keep, None)
+    forward = fuse_graph(model.graph, keep)
+    return piece_step(forward, model.training, keep, None, lean)
 
 
 def piece_step(
-    forward: Graph, settings: Training, keep: Collection[str], boundary: Boundary | None
-) -> Graph:
+    forward: Graph, settings: Training, keep: Collection[str], boundary: Boundary | None,
+    lean: bool = False,
+) -> Graph:  # fmt: skip
     """The step of a fused forward graph: a whole model's, or that of a piece with a `boundary`.
 
     A piece always has the loop over parts of the batch; there it reads what it receives and
@@ -97,7 +101,7 @@ def piece_step(
     edge = boundary or Boundary()
     cotangents: dict[str, str] = {}
     loss, gradients, sent = _differentiate(
-        scope, forward, settings, frozenset(keep), cotangents, edge
+        scope, forward, settings, frozenset(keep), cotangents, edge, lean
     )
     whole = {*keep, *(cotangents[t] for t in keep if t in cotangents)}
     if looped:
@@ -212,7 +216,7 @@ def _referenced(nodes: Iterable[Node]) -> set[str]:
 
 def _differentiate(
     b: Builder, forward: Graph, settings: Training, keep: frozenset[str],
-    cotangents: dict[str, str], edge: Boundary,
+    cotangents: dict[str, str], edge: Boundary, lean: bool,
 ) -> tuple[str, dict[str, str], list[str]]:  # fmt: skip
     """Emits forward and backward nodes into `b`; returns the loss ("" if it is elsewhere),
     parameter gradients, and what is sent to other pieces."""
@@ -230,7 +234,7 @@ def _differentiate(
     remat = settings.remat
     policy = frozenset(remat) if not isinstance(remat, str) else "full" if remat == AUTO else remat
     backward = Backward(
-        policy, b, forward.nodes, dict.fromkeys(targets), keep, cotangents
+        policy, b, forward.nodes, dict.fromkeys(targets), keep, cotangents, lean
     )
     b.phase = "backward"
     b.nodes = []
@@ -274,12 +278,18 @@ class Backward:
     roots: dict[str, None]  # tensors of this scope whose gradients somebody wants
     keep: frozenset[str] = frozenset()  # tensors whose cotangents must stay tensors
     cotangents: dict[str, str] = field(default_factory=dict)  # shared by all scopes
+    lean: bool = False
     parts: dict[str, list[str]] = field(default_factory=dict)
     augmented: dict[str, Loop] = field(default_factory=dict)
     differentiable: set[str] = field(default_factory=set)
+    weights: set[str] = field(default_factory=set)  # parameters, and what is made of them alone
 
     def __post_init__(self) -> None:
         self.differentiable = differentiable(self.nodes, self.roots, self.b.lookup)
+        for node in self.nodes:
+            self.weights |= {n for n in node.ins if self.b.lookup(n).role == "parameter"}
+            if isinstance(node, Op) and node.ins and self.weights.issuperset(node.ins):
+                self.weights.update(node.outs)
 
     def add(self, tensor: str, cotangent: str) -> None:
         self.parts.setdefault(tensor, []).append(cotangent)
@@ -306,6 +316,8 @@ class Backward:
                 LoopBackward(self, node, cotangents).run()
                 continue
             wanted = [j for j, name in enumerate(node.ins) if name in self.differentiable]
+            if self.lean:
+                wanted.sort(key=lambda j: node.ins[j] not in self.weights)
             for j, name in VJPS[node.kind](self.b, node, cotangents, wanted).items():
                 if j in wanted:
                     self.add(node.ins[j], name)
@@ -347,8 +359,9 @@ class LoopBackward:
         roots = [k.entry for k in loop.carries] + [s.inner for s in wanted_reads] + wanted_shared
         within = "full" if outer.policy == OPEN else outer.policy
         inner = Backward(
-            within, scope, body.nodes, dict.fromkeys(roots), outer.keep, outer.cotangents
-        )
+            within, scope, body.nodes, dict.fromkeys(roots), outer.keep, outer.cotangents,
+            outer.lean,
+        )  # fmt: skip
         carries = self._seed(scope, inner)
         given = [self._written(scope, inner, s) for s in loop.writes if s.outer in self.cotangents]
         inner.run()
@@ -410,7 +423,8 @@ class LoopBackward:
         saved = Saved(self.loop, outer.policy, inner.augmented, outer.b, scope)
         recomputed, rename, reads, passed = saved.resolve(nodes)
         reads += given
-        nodes = recomputed + [rename_node(n, rename) for n in nodes]
+        nodes = [rename_node(n, rename) for n in nodes]
+        nodes = as_needed(recomputed, nodes) if outer.lean else recomputed + nodes
         originals = {new: old for old, new in rename.items()} | saved.open
         tensors = _tensors_of(nodes, scope, originals, reads, loop_carries)
         self._emit(nodes, tensors, loop_carries, reads, writes, passed)
@@ -472,6 +486,33 @@ class LoopBackward:
             Tensor(name, outer.shape, scope.lookup(gradient).dtype, outer.dims, "gradient")
         )
         return Stack(name, gradient)
+
+
+def as_needed(early: Sequence[Node], nodes: Sequence[Node]) -> list[Node]:
+    """`nodes` with those of `early` among them, each just before the first that depends on it;
+    what none of them needs comes last."""
+    maker = {o: n for n in early for o in n.outs}
+    found: list[Node] = []
+    placed: set[str] = set()
+
+    def place(node: Node) -> None:
+        """After what it depends on: `early` is in an order that works."""
+        needed: dict[str, Node] = {}
+        waiting = [node]
+        while waiting:
+            for name in waiting.pop().ins:
+                made_by = maker.get(name)
+                if made_by is not None and made_by.name not in placed | needed.keys():
+                    needed[made_by.name] = made_by
+                    waiting.append(made_by)
+        found.extend(n for n in early if n.name in needed)
+        placed.update(needed)
+        found.append(node)
+
+    for node in nodes:
+        place(node)
+    found.extend(n for n in early if n.name not in placed)
+    return found
 
 
 def _own(scope: Builder, name: str, entry: str) -> str:

@@ -68,7 +68,7 @@ class StackedPlanning(Planning):
         return found
 
     def step(self) -> Graph:
-        return training_step(self.model, keep=tuple(self.annotation))
+        return training_step(self.model, tuple(self.annotation), self.lean)
 
     def joined(self) -> Seen | None:
         """Nothing: the axis of the stages is joined with no other."""

@@ -61,8 +61,9 @@ class StagePlanning(Planning):
 
     def step(self) -> Graph:
         return piece_step(
-            self.own.graph, self.model.training, tuple(self.annotation), self.own.boundary
-        )
+            self.own.graph, self.model.training, tuple(self.annotation), self.own.boundary,
+            self.lean,
+        )  # fmt: skip
 
     def laid_out(self) -> Flow:
         pins = self.pins()

@@ -248,7 +248,9 @@ def test_a_carry_goes_into_its_loop_as_planned() -> None:
     """Two dimensions to one: two exchanges as planned; left alone XLA gathers all of it."""
     pytest.importorskip("jax")
     m = mesh("tpu-v5e:2x4")
-    pins = {"x": ((), ("y",), ("x",)), "layers.x.in": (("x", "y"), (), ())}
+    by_batch = (("x", "y"), (), ())
+    inside = dict.fromkeys(("layers.x.in", "layers.ln", "layers.middle"), by_batch)
+    pins = {"x": ((), ("y",), ("x",)), **inside}
     result = price_annotations(decoder(16, positions=8, width=16), m, pins)
     place = placement(result)
     rest = {use: copy for use, copy in place.uses.items() if use[0] != "layers"}
@@ -257,7 +259,7 @@ def test_a_carry_goes_into_its_loop_as_planned() -> None:
         hlo = compile_program(jax_program(result.model, m, told), m, "cpu").hlo
         once.append({
             (c.kind, c.axes) for c in read(parse(hlo), m.axes).collectives
-            if c.phase == "forward" and c.count == 1 and c.bytes >= 1024
+            if c.op_name.endswith(("jvp()/sharding_constraint", "jvp()/while"))
         })  # fmt: skip
     assert once[0] == {("all-to-all", ("x",)), ("all-to-all", ("y",))}
     assert ("all-gather", ("y",)) in once[1]
