@@ -67,7 +67,9 @@ def jax_program(
         _stacks_source(tables, model.members),
         _saved_source(writer),
         _HELPERS.strip("\n").split("\n"),
-        *(t.strip("\n").split("\n") for names, t in _FUNCTIONS.items() if used & {*names}),
+        *(
+            _function(text, place.barrier) for names, text in _FUNCTIONS.items() if used & {*names}
+        ),
         ["def loss_fn(params, batch, mesh=None):",
          f'    """{_does(training, sides)}"""',
          "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
@@ -94,6 +96,12 @@ def _does(training: Training, sides: Sides | None) -> str:
     if sides is None:
         return f"Loss of one {'microbatch' if training.accumulation_steps > 1 else 'batch'}."
     return "What one microbatch leaves the stage with: with a gradient, and without."
+
+
+def _function(text: str, barrier: bool) -> list[str]:
+    for mark, code in _BARRIER.items():
+        text = text.replace(mark, code if barrier else "")
+    return text.strip("\n").split("\n")
 
 
 def _returned(writer: LossWriter, made: tuple[Sequence[str], Sequence[str]]) -> str:
@@ -340,8 +348,7 @@ _SOFTMAX = '''
 def softmax(x, axis, dtype, label=None):
     """jax.nn.softmax(x, axis) as `dtype`, which layers save as `label`.
 
-    The gradient is made of the result alone. The barrier keeps XLA's GPU compiler from making the
-    result again, of logits that it would have to keep, and from widening what it reads.
+    The gradient is made of the result alone: JAX's own keeps logits in f32.#NOTE
     """
     return _softmax_forward(x, axis, dtype, label)[0]
 
@@ -352,14 +359,21 @@ def _softmax_forward(x, axis, dtype, label):
     return found, found
 
 
-def _softmax_gradient(axis, dtype, label, found, g):
-    found, g = lax.optimization_barrier((found, g))
+def _softmax_gradient(axis, dtype, label, found, g):#BARRIER
     found, g = found.astype(jnp.float32), g.astype(jnp.float32)
     return (found * (g - jnp.sum(found * g, axis, keepdims=True)),)
 
 
 softmax.defvjp(_softmax_forward, _softmax_gradient)
 '''
+
+# XLA's TPU compiler copies what is behind a barrier, and needs none.
+_BARRIER = {
+    "#NOTE": """ The barrier keeps XLA's
+    GPU compiler from making the result again, of logits that it would have to keep, and from
+    widening what it reads.""",
+    "#BARRIER": "\n    found, g = lax.optimization_barrier((found, g))",
+}
 
 _PRODUCT = '''
 def placed_product(

@@ -65,7 +65,8 @@ class Placement:
     whose two gradients are made one right after the other. `first`: products of which the gradient
     of one operand is made before that of the other. `apart`: tensors whose gradients do not
     lie as they do, and the places that these pass to where they lie; none where that is left open.
-    `softmax`: whether its gradient is made of the result, by a function of the program's own.
+    `softmax`: whether its gradient is made of the result, by a function of the program's own, with
+    a `barrier` before it.
     `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
     circular pipeline as its ticks read them, and where their gradients add up (None is open)."""
 
@@ -77,6 +78,7 @@ class Placement:
     first: Mapping[str, str] = field(default_factory=dict)
     apart: Mapping[str, Sequence[Spec]] = field(default_factory=dict)
     softmax: bool = False
+    barrier: bool = False
     sliced: Collection[str] = ()
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
 
@@ -125,8 +127,8 @@ def placement(result: Result) -> Placement:
         **dict.fromkeys(_free_casts(result), ()), **_apart(result, specs, made_at, tensors, ways)
     }  # fmt: skip
     return Placement(
-        specs, uses, sums, gradients, together, first, apart, softmax=gpu, sliced=_sliced(result),
-        rounds=_rounds(result),
+        specs, uses, sums, gradients, together, first, apart, softmax=True, barrier=gpu,
+        sliced=_sliced(result), rounds=_rounds(result),
     )  # fmt: skip
 
 

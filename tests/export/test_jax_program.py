@@ -366,8 +366,8 @@ def test_only_gpus_are_told_more() -> None:
     model = decoder_of({})
     on_tpu = meshes.logical(meshes.resolve("tpu-v3:2x2"), {"x": 2, "y": 4})
     gpu, tpu = (placement(price_annotations(model, m, {})) for m in (MESH, on_tpu))
-    assert (gpu.softmax, "logits" in gpu.together) == (True, True)
-    assert (tpu.softmax, tpu.together) == (False, set())
+    assert (gpu.barrier, "logits" in gpu.together) == (True, True)
+    assert (tpu.barrier, tpu.together) == (False, set())
 
 
 def test_a_gradient_split_otherwise_than_its_product_is_named() -> None:
