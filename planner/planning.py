@@ -51,7 +51,6 @@ from planner.plan import Plan, Proof
 from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
-from planner.sharding.agreement import of_parameters
 from planner.sharding.flow import Flow, build_flow
 from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_resharder
 from planner.sharding.reshard import Resharder
@@ -318,7 +317,7 @@ class Planning:
     @cached_property
     def prefetched(self) -> set[str]:
         """Parameters, what is made of them alone, and their gradients."""
-        found = of_parameters(self.graph)
+        found = self.graph.of_parameters()
         return found | {self.graph.cotangents[t] for t in found if t in self.graph.cotangents}
 
     @cached_property

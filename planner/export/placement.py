@@ -11,13 +11,13 @@ GPT-3: eight times the bytes of reduce-scatters).
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from costmodels.program import ITEM_BYTES
 from planner.export.cotangents import Gradients
 from planner.graph.builder import contraction_sizes
-from planner.graph.core import Loop, Node, Op, Tensor
+from planner.graph.core import Loop, Op, Tensor
 from planner.graph.recompute import AGAIN, SAVED
 from planner.lowering.halo import local_op
 from planner.lowering.slices import by_slices
@@ -178,7 +178,7 @@ class _Ways:
 def _entries(result: Result, specs: Mapping[str, Spec], ways: _Ways) -> dict[Use, Copy]:
     """Carries of loops that take several collectives to get there."""
     found: dict[Use, Copy] = {}
-    for loop in _loops(result.graph.nodes):
+    for loop in result.graph.loops():
         for carry in loop.carries if loop.phase == "forward" else ():
             source, target = specs.get(carry.init), specs.get(carry.entry)
             if source is None or target is None or source.partial or target.partial:
@@ -186,13 +186,6 @@ def _entries(result: Result, specs: Mapping[str, Spec], ways: _Ways) -> dict[Use
             if way := ways.between(carry.init, source, target):
                 found[loop.name, carry.init] = Copy(target, True, way)
     return found
-
-
-def _loops(nodes: Iterable[Node]) -> Iterator[Loop]:
-    for node in nodes:
-        if isinstance(node, Loop):
-            yield node
-            yield from _loops(node.body.nodes)
 
 
 def only(result: Result, names: Collection[str]) -> Placement:

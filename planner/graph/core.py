@@ -176,6 +176,21 @@ class Graph:
     def parameters(self) -> tuple[Tensor, ...]:
         return tuple(self.tensors[n] for n in self.inputs if self.tensors[n].role == "parameter")
 
+    def of_parameters(self) -> set[str]:
+        """Parameters, one layer's pieces of them, and what is made of them alone."""
+        found = {t.name for t in self.all_tensors().values() if t.role == "parameter"}
+        self._add_made_of(found)
+        return found
+
+    def _add_made_of(self, found: set[str]) -> None:
+        for node in self.nodes:
+            if isinstance(node, Op):
+                if node.ins and found.issuperset(node.ins):
+                    found.update(node.outs)
+                continue
+            found.update(read.inner for read in node.reads if read.outer in found)
+            node.body._add_made_of(found)
+
     @property
     def parameter_count(self) -> int:
         return sum(t.elements for t in self.parameters())

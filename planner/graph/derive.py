@@ -234,7 +234,8 @@ def _differentiate(
     remat = settings.remat
     policy = frozenset(remat) if not isinstance(remat, str) else "full" if remat == AUTO else remat
     backward = Backward(
-        policy, b, forward.nodes, dict.fromkeys(targets), keep, cotangents, lean
+        policy, b, forward.nodes, dict.fromkeys(targets), keep, cotangents, lean,
+        forward.of_parameters(),
     )
     b.phase = "backward"
     b.nodes = []
@@ -279,17 +280,13 @@ class Backward:
     keep: frozenset[str] = frozenset()  # tensors whose cotangents must stay tensors
     cotangents: dict[str, str] = field(default_factory=dict)  # shared by all scopes
     lean: bool = False
+    weights: Collection[str] = ()  # parameters, and what is made of them alone
     parts: dict[str, list[str]] = field(default_factory=dict)
     augmented: dict[str, Loop] = field(default_factory=dict)
     differentiable: set[str] = field(default_factory=set)
-    weights: set[str] = field(default_factory=set)  # parameters, and what is made of them alone
 
     def __post_init__(self) -> None:
         self.differentiable = differentiable(self.nodes, self.roots, self.b.lookup)
-        for node in self.nodes:
-            self.weights |= {n for n in node.ins if self.b.lookup(n).role == "parameter"}
-            if isinstance(node, Op) and node.ins and self.weights.issuperset(node.ins):
-                self.weights.update(node.outs)
 
     def add(self, tensor: str, cotangent: str) -> None:
         self.parts.setdefault(tensor, []).append(cotangent)
@@ -360,7 +357,7 @@ class LoopBackward:
         within = "full" if outer.policy == OPEN else outer.policy
         inner = Backward(
             within, scope, body.nodes, dict.fromkeys(roots), outer.keep, outer.cotangents,
-            outer.lean,
+            outer.lean, outer.weights,
         )  # fmt: skip
         carries = self._seed(scope, inner)
         given = [self._written(scope, inner, s) for s in loop.writes if s.outer in self.cotangents]

@@ -273,7 +273,7 @@ class _Search:
         return limit is not None and monotonic() - self.began >= limit
 
     def _options(self) -> Options:
-        """Options of the next batch: what is left of the time limit, no plan that cannot fit."""
+        """Options of the next call: what is left of the time limit, no plan that cannot fit."""
         limit = self.options.time_limit_s
         left = None if limit is None else limit - (monotonic() - self.began)
         return replace(self.options, time_limit_s=left, least_memory=False)

@@ -100,34 +100,30 @@ class _Pool:
         done: Callable[[Given, Made], None], lost: Callable[[Given], Made], ahead: int,
     ) -> None:  # fmt: skip
         coming = iter(items)
-        waiting: deque[tuple[Given, Future[Made] | None]] = deque()
+        waiting: deque[tuple[Given, Future[Made]]] = deque()
         while True:
             for item in islice(coming, ahead - len(waiting)):
                 waiting.append((item, self._submitted(function, item)))
             if not waiting:
                 return
-            item, future = waiting.popleft()
-            try:
-                done(item, _result(future))
+            if not _died(waiting[0][1]):
+                item, future = waiting.popleft()
+                done(item, future.result())
                 continue
-            except BrokenProcessPool:
-                self.stop()
-            done(item, self._alone(function, item, lost))
+            self.stop()
             for item, future in waiting:
-                try:
-                    made = _result(future)
-                except BrokenProcessPool:
-                    made = self._alone(function, item, lost)
-                done(item, made)
+                died = _died(future)
+                done(item, self._alone(function, item, lost) if died else future.result())
             waiting.clear()
             self.stop()
 
-    def _submitted(self, function: Callable[[Given], Made], item: Given) -> Future[Made] | None:
-        """None once a process has died."""
+    def _submitted(self, function: Callable[[Given], Made], item: Given) -> Future[Made]:
         try:
             return self._started(self.workers).submit(function, item)
-        except BrokenProcessPool:
-            return None
+        except BrokenProcessPool as error:  # a process has died meanwhile
+            refused: Future[Made] = Future()
+            refused.set_exception(error)
+            return refused
 
     def _alone(
         self, function: Callable[[Given], Made], item: Given, lost: Callable[[Given], Made]
@@ -149,10 +145,9 @@ class _Pool:
             self.executor = None
 
 
-def _result(future: Future[Made] | None) -> Made:
-    if future is None:
-        raise BrokenProcessPool
-    return future.result()
+def _died(future: Future[Made]) -> bool:
+    """Whether a call's process has died, or another before the call began."""
+    return isinstance(future.exception(), BrokenProcessPool)
 
 
 def _cores() -> int:

@@ -28,23 +28,6 @@ DISPUTE = 2.0
 DISPUTE_OF_WEIGHT = 1.0
 
 
-def of_parameters(graph: Graph) -> set[str]:
-    """Parameters, one layer's pieces of them, and what is made of them alone."""
-    found = {t.name for t in graph.all_tensors().values() if t.role == "parameter"}
-    _add_weights(graph, found)
-    return found
-
-
-def _add_weights(graph: Graph, found: set[str]) -> None:
-    for node in graph.nodes:
-        if isinstance(node, Op):
-            if node.ins and found.issuperset(node.ins):
-                found.update(node.outs)
-            continue
-        found.update(read.inner for read in node.reads if read.outer in found)
-        _add_weights(node.body, found)
-
-
 @dataclass
 class Agreement:
     """Counts the disputes of conversions in the forward pass of `graph`."""
@@ -53,7 +36,7 @@ class Agreement:
     weights: set[str] = field(init=False)
 
     def __post_init__(self) -> None:
-        self.weights = of_parameters(self.graph)
+        self.weights = self.graph.of_parameters()
         self._readers: dict[str, list[tuple[Op, int]]] = {}
         for op, _ in self.graph.walk():
             if op.phase == "forward":

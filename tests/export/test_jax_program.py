@@ -361,8 +361,8 @@ def test_every_result_of_an_op_is_placed() -> None:
 
 
 def test_only_gpus_are_told_more() -> None:
-    """Gradients made together, softmax by hand and narrowing before gathering: where a plan for a
-    GPU says so, the same plan for a TPU leaves it to the compiler."""
+    """Gradients made together, a barrier in softmax, narrowing before gathering: where a plan for
+    a GPU says so, the same plan for a TPU leaves it to the compiler."""
     model = decoder_of({})
     on_tpu = meshes.logical(meshes.resolve("tpu-v3:2x2"), {"x": 2, "y": 4})
     gpu, tpu = (placement(price_annotations(model, m, {})) for m in (MESH, on_tpu))

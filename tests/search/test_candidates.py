@@ -20,13 +20,7 @@ ROOMY = Options(headroom=0.0)
 
 def model(**training: object) -> Model:
     return decoder(
-        batch=16,
-        positions=64,
-        vocabulary=512,
-        width=256,
-        hidden=1024,
-        heads=8,
-        head=32,
+        batch=16, positions=64, vocabulary=512, width=256, hidden=1024, heads=8, head=32,
         **training,
     )
 
