@@ -26,7 +26,8 @@ class Proof:
 
 @dataclass(frozen=True)
 class Plan:
-    """`choices` by op name (recomputed ops follow their origin), `homes` by home id.
+    """`choices` by op name (recomputed ops follow their origin), `homes` by the
+    tensor that each holds.
     `remat` is what is saved for the backward pass, where the model leaves that open.
 
     Of a pipeline: `starts` says where its stages start (see pipelining.pieces), `pieces` has a
@@ -36,7 +37,7 @@ class Plan:
 
     axes: tuple[tuple[str, int], ...]
     choices: Mapping[str, Choice]
-    homes: tuple[Spec, ...]
+    homes: Mapping[str, Spec]
     proof: Proof
     pieces: tuple[Plan, ...] = ()
     starts: tuple[int, ...] = ()

@@ -477,8 +477,14 @@ class Planning:
 
     def check(self, plan: Plan) -> None:
         """Raises ValueError if the plan is for something else."""
-        expected = {site.op.origin or name for name, site in self.flow.sites.items()}
-        if set(plan.choices) != expected or len(plan.homes) != len(self.flow.homes):
+        factors = {
+            site.op.origin or name: len(site.op.rule.factors)
+            for name, site in self.flow.sites.items()
+        }
+        ranks = {home.tensor: len(home.shape) for home in self.flow.homes}
+        if factors != {name: len(choice.split) for name, choice in plan.choices.items()} or (
+            ranks != {tensor: len(spec.dims) for tensor, spec in plan.homes.items()}
+        ):
             raise ValueError("the plan does not belong to this model")
         if plan.axes != self.mesh.axes:
             raise ValueError(f"the plan is for mesh {plan.axes}, not {self.mesh.axes}")

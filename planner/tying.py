@@ -84,5 +84,8 @@ def untied(plan: Plan, pair: Pair, mesh: LogicalMesh) -> Plan:
         )
         for op, choice in plan.choices.items()
     }
-    homes = tuple(Spec(tuple(axes(d) for d in s.dims), in_order(s.partial)) for s in plan.homes)
+    homes = {
+        tensor: Spec(tuple(axes(d) for d in spec.dims), in_order(spec.partial))
+        for tensor, spec in plan.homes.items()
+    }
     return replace(plan, axes=mesh.axes, choices=choices, homes=homes)

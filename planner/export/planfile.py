@@ -24,6 +24,7 @@ from planner.sharding.spec import Spec
 from planner.source import Source
 
 FORMAT = "shardplan-plan"
+VERSION = 2
 FILE_NAME = "plan.json"
 
 
@@ -69,12 +70,12 @@ class _Proof(_Strict):
 
 class _Piece(_Strict):
     choices: dict[str, _Choice]
-    homes: tuple[_Home, ...]
+    homes: dict[str, _Home]
 
 
 class _Document(_Strict):
     format: Literal["shardplan-plan"]
-    schema_version: Literal[1]
+    schema_version: Literal[2]
     generator: str
     made_for: StampDocument
     model: _Model
@@ -85,7 +86,7 @@ class _Document(_Strict):
     proof: _Proof
     remat: str | tuple[str, ...] | None = None
     choices: dict[str, _Choice]
-    homes: tuple[_Home, ...]
+    homes: dict[str, _Home]
     pieces: tuple[_Piece, ...] = ()  # of a pipeline: every kind of stage, over the other axes
     starts: tuple[int, ...] = ()
 
@@ -117,7 +118,7 @@ def dump(stored: PlanFile) -> str:
     pieces = {"pieces": [_decisions(p) for p in plan.pieces], "starts": list(plan.starts)}
     return pretty(
         {
-            "format": FORMAT, "schema_version": 1, "generator": signature(),
+            "format": FORMAT, "schema_version": VERSION, "generator": signature(),
             "made_for": StampDocument.of(stored.stamp).model_dump(),
             "model": {
                 "argument": source.argument, "file": source.file,
@@ -147,7 +148,7 @@ def dump(stored: PlanFile) -> str:
 def _decisions(plan: Plan) -> dict[str, Any]:
     return {
         "choices": {name: _choice(c) for name, c in plan.choices.items()},
-        "homes": [_home(spec) for spec in plan.homes],
+        "homes": {tensor: _home(spec) for tensor, spec in plan.homes.items()},
     }
 
 
@@ -177,9 +178,11 @@ def load(path: Path) -> PlanFile:
     value = read_json(read_text(path), str(path))
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise InputError(f"{path} is no plan file", "`plan MODEL -o DIR` writes DIR/plan.json")
-    if value.get("schema_version") != 1:
-        raise InputError(f"{path}: schema_version {value.get('schema_version')!r} is not known",
-                         "it was written by another version of this program")  # fmt: skip
+    if value.get("schema_version") != VERSION:
+        raise InputError(
+            f"{path}: schema_version {value.get('schema_version')!r} is not known",
+            "another version of this program wrote it: plan the model again",
+        )
     return _plan_file(checked(_Document, value, str(path)), str(path))
 
 
@@ -201,7 +204,8 @@ def _plan_file(d: _Document, file: str) -> PlanFile:
 
 def _plan(d: _Document | _Piece, axes: tuple[tuple[str, int], ...], proof: Proof) -> Plan:
     choices = {name: Choice(c.split, c.passed) for name, c in d.choices.items()}
-    return Plan(axes, choices, tuple(Spec(h.dims, h.partial) for h in d.homes), proof)
+    homes = {tensor: Spec(h.dims, h.partial) for tensor, h in d.homes.items()}
+    return Plan(axes, choices, homes, proof)
 
 
 def _infinite(number: float | None) -> float:

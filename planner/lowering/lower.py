@@ -51,6 +51,7 @@ class _Lowering:
     def __post_init__(self) -> None:
         self.sizes = self.plan.sizes
         self.order = [a for a, _ in self.plan.axes]
+        self.homes = [self.plan.homes[home.tensor] for home in self.flow.homes]
         self.tensors = self.flow.graph.all_tensors()
         self.by_step: dict[int, list[Conversion]] = {}
         for conversion in self.flow.conversions:
@@ -60,7 +61,7 @@ class _Lowering:
 
     def spec(self, place: Place) -> Spec:
         if place.kind == "home":
-            spec = self.plan.homes[place.home]
+            spec = self.homes[place.home]
             return Spec(spec.dims[place.lead :], spec.partial)
         op = self.flow.sites[place.op].op
         choice = self.plan.choices[op.origin or op.name]
@@ -86,7 +87,7 @@ class _Lowering:
     def home_buffer(self, home_id: int) -> int:
         home = self.flow.homes[home_id]
         return self.buffer(
-            home.tensor, home.shape, home.dtype, self.plan.homes[home_id], home.category
+            home.tensor, home.shape, home.dtype, self.homes[home_id], home.category
         )
 
     # ---- program ------------------------------------------------------------------------
@@ -166,7 +167,7 @@ class _Lowering:
         t = self.tensors[name]
         spec = self.spec(Place("result", op.name, k))
         home = self.flow.home_of.get(name)
-        stays = home is None or self.plan.homes[home[0]] == spec
+        stays = home is None or self.homes[home[0]] == spec
         alias = self.donated(name, spec) if stays else None
         if alias is None and name in self.sums:
             alias = self._sum_before(name, spec)
@@ -175,12 +176,12 @@ class _Lowering:
     def _sum_before(self, name: str, spec: Spec) -> int | None:
         """The carried gradient that the sum `name` is written over, if it lies like it."""
         home = self.flow.home_of[self.sums[name]][0]
-        return self.at_home[home, 0] if self.plan.homes[home] == spec else None
+        return self.at_home[home, 0] if self.homes[home] == spec else None
 
     def donated(self, name: str, spec: Spec) -> int | None:
         """The input's buffer that the new value `name` takes over if it lies there as `spec`."""
         old = self.flow.graph.aliases.get(name)
-        if old is None or self.plan.homes[self.flow.home_of[old][0]] != spec:
+        if old is None or self.homes[self.flow.home_of[old][0]] != spec:
             return None
         return self.at_home[self.flow.home_of[old]]
 
@@ -289,7 +290,7 @@ class _Lowering:
 
     def slice_buffer(self, name: str, home: int, lead: int, outer: int) -> int:
         """One slice of a stack: a view, it takes no memory of its own."""
-        spec = self.plan.homes[home]
+        spec = self.homes[home]
         t = self.tensors[name]
         return self.buffer(
             name, t.shape, t.dtype, Spec(spec.dims[lead:]), "temporaries", alias=outer
@@ -301,7 +302,7 @@ def resolve_specs(flow: Flow, plan: Plan, resharder: Resharder) -> Mapping[str, 
     lowering = _Lowering(flow, plan, resharder)
     found: dict[str, Spec] = {}
     for name, (home, lead) in flow.home_of.items():
-        spec = plan.homes[home]
+        spec = lowering.homes[home]
         found[name] = Spec(spec.dims[lead:], spec.partial)
     for site in flow.sites.values():
         for k, out in enumerate(site.op.outs):

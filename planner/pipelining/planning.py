@@ -217,7 +217,7 @@ class PipelinePlanning:
         limit = self.options.memory_bytes
         return Result(
             self.model, self.mesh, self.graph,
-            Plan(self.mesh.axes, choices, (), proof, tuple(plans), starts), program,
+            Plan(self.mesh.axes, choices, {}, proof, tuple(plans), starts), program,
             simulate_pipeline(program, self.mesh), read_pipeline_memory(program),
             count_flops(self.graph),
             int(self.mesh.chip.usable_bytes) if limit is None else limit,

@@ -177,5 +177,5 @@ class StagePlanning(Planning):
         found = {}
         for key, names in self.edges.items():
             home = next(h for h in self.flow.homes if h.tensor in names)
-            found[key] = Spec(plan.homes[home.id].dims[home.lead :])
+            found[key] = Spec(plan.homes[home.tensor].dims[home.lead :])
         return found

@@ -361,9 +361,10 @@ class Space:
             for kind, name in self.keys
             if kind == "op"
         }
-        homes = tuple(
-            self.specs[h.id][strategy[self.number["home", h.id]]] for h in self.flow.homes
-        )
+        homes = {
+            h.tensor: self.specs[h.id][strategy[self.number["home", h.id]]]
+            for h in self.flow.homes
+        }
         return Plan(self.mesh.axes, choices, homes, proof)
 
 

@@ -46,7 +46,8 @@ def test_a_mesh_file_travels_inside_the_plan(on_cpus):
         (lambda d: d.update(schema_version=9), "another version"),
         (lambda d: d["proof"].update(gap="much"), "proof.gap"),
         (lambda d: d["choices"].popitem(), "does not belong"),
-        (lambda d: d["homes"].pop(), "does not belong"),
+        (lambda d: d["homes"].popitem(), "does not belong"),
+        (lambda d: d["homes"]["tokens"]["dims"].pop(), "does not belong"),
         (lambda d: d["model"].update(text="training: {}"), "architecture"),
     ],
 )

@@ -51,7 +51,8 @@ def strategies(space: Space, plan: Plan) -> list[int]:
         if kind == "op":
             found.append(space.choices[str(name)].index(plan.choices[str(name)]))
         else:
-            found.append(space.specs[int(name)].index(plan.homes[int(name)]))
+            home = space.flow.homes[int(name)]
+            found.append(space.specs[home.id].index(plan.homes[home.tensor]))
     return found
 
 

@@ -116,7 +116,8 @@ class PipelineDrawer:
 
 def _home(stage: StagePlanning, plan: Plan, tensor: str) -> Spec:
     home, lead = stage.flow.home_of[tensor]
-    return Spec(plan.homes[home].dims[lead:], plan.homes[home].partial)
+    spec = plan.homes[stage.flow.homes[home].tensor]
+    return Spec(spec.dims[lead:], spec.partial)
 
 
 def _joined(name: str, parts: list[np.ndarray], like: np.ndarray) -> np.ndarray:

@@ -51,7 +51,7 @@ class PlanDrawer:
 
     def plan(self, taken: Mapping[Node, object]) -> Plan:
         choices = {str(n): c for (kind, n), c in taken.items() if kind == "op"}
-        homes = tuple(taken["home", h.id] for h in self.flow.homes)
+        homes = {h.tensor: taken["home", h.id] for h in self.flow.homes}
         return Plan(self.axes, choices, homes, NO_PROOF)  # type: ignore[arg-type]
 
     def draw(self, seed: int) -> Plan:
@@ -156,12 +156,13 @@ def outputs(
 
 def _output(flow: Flow, plan: Plan, tensor: str) -> Spec:
     """Where a step leaves a result that takes over no input's memory."""
-    return plan.homes[next(h.id for h in flow.homes if h.tensor == f"{tensor}@output")]
+    return plan.homes[f"{tensor}@output"]
 
 
 def _home(flow: Flow, plan: Plan, tensor: str) -> Spec:
     home, lead = flow.home_of[tensor]
-    return Spec(plan.homes[home].dims[lead:], plan.homes[home].partial)
+    spec = plan.homes[flow.homes[home].tensor]
+    return Spec(spec.dims[lead:], spec.partial)
 
 
 def expected(graph: Graph, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -71,13 +71,13 @@ def test_draws_are_diverse() -> None:
     _, flow, _, _ = prepared("decoder full adafactor")
     drawer = PlanDrawer(flow, MESHES["2x2x2"])
     plans = [drawer.draw(seed) for seed in range(12)]
-    assert len({(tuple(p.choices.values()), p.homes) for p in plans}) == len(plans)
+    assert len({(tuple(p.choices.values()), tuple(p.homes.values())) for p in plans}) == len(plans)
     taken = defaultdict(set)
     for plan in plans:
         for name, choice in plan.choices.items():
             taken["op", name].add(choice)
-        for i, spec in enumerate(plan.homes):
-            taken["home", i].add(spec)
+        for home in flow.homes:
+            taken["home", home.id].add(plan.homes[home.tensor])
     for node, options in drawer.options.items():
         assert len(taken[node]) > 1 or len(options) == 1, node
     found = {i.kind for p in plans for i in collectives(lowered(flow, p))}
