@@ -91,7 +91,10 @@ class Options:
     """How to plan. `memory_bytes`: limit per device instead of the chip's own. Without
     `least_memory`, no plan is looked for once nothing fits (it takes longer than the proof). What
     has no promise to be faster than `to_beat_s` is given up. `known`: of meshes (by `meshes.alike`)
-    what has been seen without constraints, `like`: of this mesh what a similar model has shown."""
+    what has been seen without constraints, `like`: of this mesh what a similar model has shown.
+    `gap`: how far above the least surrogate cost is near enough, if more than by default.
+    `crowded`: steps at which memory is constrained from the start, as plans on other meshes
+    exceeded it."""
 
     memory_bytes: int | None = None
     headroom: float = DEFAULT_HEADROOM
@@ -102,6 +105,8 @@ class Options:
     to_beat_s: float = inf
     known: Mapping[Hashable, Seen] = field(default_factory=dict, compare=False)
     like: Seen | None = field(default=None, compare=False)
+    gap: float = 0.0
+    crowded: tuple[int, ...] = ()
 
 
 class Infeasible(Exception):
@@ -152,15 +157,15 @@ def agreeing_plan(
     ).best()
 
 
-def surrogate_bound(model: Model, mesh: LogicalMesh) -> float:
+def surrogate_bound(model: Model, mesh: LogicalMesh, enough_s: float = inf) -> float:
     """Seconds that no plan's serial time falls below, memory left aside: where the chip does
-    not overlap communication, a bound of the step time. Quick: nothing is solved to the end.
-    Nothing is known of pipelines: 0."""
+    not overlap communication, a bound of the step time. Quick: nothing is solved to the end, and
+    a bound of `enough_s` is not improved. Nothing is known of pipelines: 0."""
     if model.pipeline is not None:
         return 0.0
     annotation = in_loops(model.constraints, model.members)
     planning = Planning(model, mesh, Options(), annotation, None)
-    return quick_bound(planning.space.problem(None, []))
+    return quick_bound(planning.space.problem(None, []), enough_s)
 
 
 def price_annotations(
@@ -255,7 +260,7 @@ class Planning:
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     follows: bool = True  # whether what a plan exposes decides what the next one pays for
-    active: list[int] = field(default_factory=list)  # steps with a memory constraint
+    active: list[int] = field(init=False)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
     leanest: Candidate | None = None  # of the plans seen the one of least peak
     solving_s: float = 0.0
@@ -263,6 +268,7 @@ class Planning:
 
     def __post_init__(self) -> None:
         self.clock = Clock.of(self.options.time_limit_s)
+        self.active = list(self.options.crowded)
         self.say("deriving the step")
         self.graph = self.step()
         self.flow = self.laid_out()
@@ -494,7 +500,8 @@ class Planning:
     @property
     def enough_gap(self) -> float:
         """How near to the least surrogate cost is near enough."""
-        return LOOSE_GAP if self.follows and self.mesh.chip.overlap else ENOUGH_GAP
+        rough = self.follows and self.mesh.chip.overlap
+        return max(LOOSE_GAP if rough else ENOUGH_GAP, self.options.gap)
 
     def fitting(self, counts: Counts) -> Candidate:
         """Least surrogate cost among the plans that fit."""
@@ -640,6 +647,7 @@ class Planning:
             self.model, self.mesh, self.graph, c.plan, c.program, c.timing, c.memory,
             count_flops(self.graph), self.limit, self.options.headroom,
             resolve_specs(self.flow, c.plan, self.resharder), self.mesh.topology.notes,
+            crowded=tuple(self.active),
         )  # fmt: skip
 
 

@@ -44,6 +44,7 @@ from planner.source import Source
 from planner.weighting import Seen
 
 WORTH_A_PROCESS_S = 5.0  # planning that takes less ends before another process has started
+END_GAP = 0.005  # a plan so near the best tells a utilization to a tenth of a point
 
 
 @dataclass(frozen=True)
@@ -170,18 +171,20 @@ def sensitivity(request: Request, planned: Planned) -> list[Sensitivity]:
     """
     if not planned.result.fits:
         return []
-    options = replace(request.options, like=_seen(planned.result))
+    options = replace(request.options, like=_seen(planned.result), gap=END_GAP)
     shape = planned.stamp.shape_text
     request = replace(request, source=planned.source, shape=shape, options=options)
     clock = Clock.of(request.options.time_limit_s)
     assumed = planned.result.model.assumed
-    ends = [_End(request, f"{a.key}={end}", clock) for a in assumed for end in (a.low, a.high)]
+    other = [(a.key, end) for a in assumed for end in (a.low, a.high) if end != a.value]
+    ends = [_End(request, f"{key}={end}", clock) for key, end in other]
     # Processes that share a limit would each have to get less than what may be left to it.
     alone = clock.limited or planned.result.plan.proof.seconds < WORTH_A_PROCESS_S
     with processes(1 if alone else len(ends)) as spread:
-        found = spread(_hfu_at, ends)
-    pairs = zip(assumed, found[::2], found[1::2], strict=True)
-    return [Sensitivity(a.key, low[0], high[0]) for a, low, high in pairs if low[1] and high[1]]
+        found = dict(zip(other, spread(_hfu_at, ends), strict=True))
+    found |= {(a.key, a.value): (planned.result.hfu, True) for a in assumed}
+    pairs = ((a.key, found[a.key, a.low], found[a.key, a.high]) for a in assumed)
+    return [Sensitivity(key, low[0], high[0]) for key, low, high in pairs if low[1] and high[1]]
 
 
 def _seen(result: Result) -> Seen | None:

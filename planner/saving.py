@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
+from math import inf
 
 from meshes import LogicalMesh
 from planner.graph.recompute import OPEN
@@ -45,10 +46,10 @@ def weightings(mesh: LogicalMesh) -> list[Weights]:
     return list(GUESSES) if mesh.chip.overlap else [PLAIN]
 
 
-def saving_bound(model: Model, mesh: LogicalMesh) -> float:
-    """Seconds that no plan's serial time falls below, whatever it saves."""
+def saving_bound(model: Model, mesh: LogicalMesh, enough_s: float = inf) -> float:
+    """Seconds that no plan's serial time falls below, whatever it saves (see surrogate_bound)."""
     planning = _planning(model, mesh, Options())
-    return quick_bound(planning.problem(None, planning.counts(PLAIN)))
+    return quick_bound(planning.problem(None, planning.counts(PLAIN)), enough_s)
 
 
 def plan_saving(model: Model, mesh: LogicalMesh, options: Options, weights: Weights) -> Result:

@@ -62,8 +62,9 @@ MEMORY_FIRST = 1e-3
 class Anytime:
     """The search on one presolved problem. `choice` (indexed by node, not expanded) fits.
 
-    A choice that costs at most the share `gap` above the bound ends it; so does, at the first one
-    within the share `look_gap`, `look` (choice, bound) if it says that this is not worth while.
+    A choice that costs at most the share `gap` above the bound ends it; so does `look` (choice,
+    bound), asked of every better one within the share `look_gap`, if it says that going on is not
+    worth while.
     """
 
     work: Work
@@ -81,6 +82,8 @@ class Anytime:
     cost: float = np.inf
     bound: float = -np.inf
     status: str = "stopped"
+    looked: float = np.inf
+    """Cost of the last choice that `look` was asked of."""
     futile: bool = False
     """Whether `look` has ended the search."""
     inner: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
@@ -284,9 +287,10 @@ class Anytime:
         if between <= 1e-12 * abs(self.cost):
             self.status = "optimal"
             return True
-        if self.look is not None and between <= self.look_gap * abs(self.cost):
+        near = between <= self.look_gap * abs(self.cost)
+        if self.look is not None and near and self.cost < self.looked:
+            self.looked = self.cost
             self.futile = not self.look(self.choice, self.bound)
-            self.look = None
         return self.futile or between <= self.gap * abs(self.cost)
 
 

@@ -19,8 +19,9 @@ SWEEPS = 30
 optimum, and more would gain little."""
 
 
-def quick_bound(problem: Problem) -> float:
-    """At most the cost of any choice (inf if none is allowed); a limit on usage is ignored."""
+def quick_bound(problem: Problem, enough: float = inf) -> float:
+    """At most the cost of any choice (inf if none is allowed); a limit on usage is ignored. A
+    bound of `enough` is not improved."""
     work = Work(problem, memory=False)
     try:
         _without_forbidden(work)
@@ -31,6 +32,8 @@ def quick_bound(problem: Problem) -> float:
     for _ in range(SWEEPS):
         messages.sweep(messages.unary, up=True)
         bound = messages.sweep(messages.unary, up=False)
+        if work.offset + bound >= enough:
+            break
     return work.offset + bound
 
 

@@ -33,8 +33,8 @@ Progress = Callable[[float, float], None]
 
 @dataclass(frozen=True)
 class Look:
-    """A question on the way: whether the first choice that costs at most the share `gap` above
-    the bound makes it worth while to go on."""
+    """A question on the way: whether a choice that costs at most the share `gap` above the bound
+    makes it worth while to go on. Asked of every better one."""
 
     gap: float
     worth: Callable[[Outcome], bool]

@@ -76,6 +76,7 @@ class Trial:
     peak_bytes: int | None = None
     plan: Plan | None = None
     exposed: Mapping[Moved, float] = field(default_factory=dict, compare=False)
+    crowded: tuple[int, ...] = ()  # see Result
     explanation: tuple[str, ...] = ()
 
     @property
@@ -88,6 +89,11 @@ class Trial:
     @property
     def shape(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.mesh.axes)
+
+    @property
+    def same_step(self) -> bool:
+        """Whether its step is that of the model that is searched for."""
+        return self.remat is None and self.model is None and not self.staged
 
     @property
     def ordinary(self) -> bool:
@@ -166,13 +172,12 @@ class _Search:
     def run(self, candidates: Sequence[Trial]) -> list[Trial]:
         self.candidates = candidates
         self.trials = list(candidates)
-        self._bound([i for i, t in enumerate(candidates) if not self._follows(t)])
-        order = sorted(range(len(self.trials)), key=lambda i: self.trials[i].bound_s)
-        staged = [i for i, t in enumerate(self.trials) if t.staged]
-        few = [i for i in order if self.trials[i].ordinary and i not in staged]
-        more = [i for i in order if i not in few and i not in staged]
-        self._plan(few, patience=len(few))
-        self._bound([i for i in more if self._follows(self.trials[i]) and self._joined_s(i) == inf])
+        staged = [i for i, t in enumerate(candidates) if t.staged]
+        few = [i for i, t in enumerate(candidates) if t.ordinary and not t.staged]
+        more = [i for i, t in enumerate(candidates) if not t.ordinary and not t.staged]
+        self._bound([i for i in few if not self._follows(i)])
+        self._plan(sorted(few, key=self._promise), patience=len(few))
+        self._bound([i for i in more if not self._follows(i) or self._joined_s(i) == inf])
         self._plan(sorted(more, key=self._promise), patience=PATIENCE)
         self._plan(staged, patience=STAGED_PATIENCE)
         found = [self.settled.get(i, t) for i, t in enumerate(self.trials)]
@@ -180,12 +185,14 @@ class _Search:
             found = self._least_memory(found)
         return found
 
-    def _follows(self, trial: Trial) -> bool:
+    def _follows(self, i: int) -> bool:
         """Whether no bound is needed, since joined axes will tell when it is this one's turn."""
-        return bool(trial.mesh.chip.overlap) and trial.remat is None and not trial.staged
+        trial = self.trials[i]
+        return bool(trial.mesh.chip.overlap) and trial.remat is None
 
     def _bound(self, those: Sequence[int]) -> None:
-        calls = [_Call(self.model, self.trials[i], self.options) for i in those]
+        options = replace(self.options, to_beat_s=self.best_s * (1 - SAME))
+        calls = [_Call(self.model, self.trials[i], options) for i in those]
         for i, trial in zip(those, self._each(_bound, calls, "bounding"), strict=True):
             self.trials[i] = trial
 
@@ -201,8 +208,9 @@ class _Search:
                 if not self._hopeless(i):
                     begun += 1
                     options = replace(
-                        self._options(), known=self._known(), to_beat_s=self._to_beat(i)
-                    )
+                        self._options(), known=self._known(), to_beat_s=self._to_beat(i),
+                        crowded=self._crowded(i),
+                    )  # fmt: skip
                     yield _Call(self.model, self.trials[i], options, i)
 
         def settle(call: _Call, trial: Trial) -> None:
@@ -243,6 +251,12 @@ class _Search:
             for t in self.settled.values()
             if t.exposed
         }
+
+    def _crowded(self, i: int) -> tuple[int, ...]:
+        """Steps that exceeded the memory on other meshes, where the step is the same."""
+        if not self.trials[i].same_step:
+            return ()
+        return tuple(sorted({t for trial in self.settled.values() for t in trial.crowded}))
 
     def _hopeless(self, i: int) -> bool:
         """Settles what its constraints or its bound rule out."""
@@ -303,10 +317,13 @@ def _lost(call: _Call) -> Trial:
 
 
 def _bound(call: _Call) -> Trial:
-    model = (call.trial.model or call.model).decided(call.trial.remat)
-    bound = saving_bound if call.trial.remat == OPEN else surrogate_bound
+    trial = call.trial
+    model = (trial.model or call.model).decided(trial.remat)
+    # Where communication is hidden, bounds only say where to look first.
+    enough_s = inf if trial.mesh.chip.overlap else call.options.to_beat_s
+    bound = saving_bound if trial.remat == OPEN else surrogate_bound
     try:
-        return replace(call.trial, bound_s=bound(model, call.trial.mesh))
+        return replace(trial, bound_s=bound(model, trial.mesh, enough_s))
     except PinError as error:
         return _conflict(call.trial, error)
 
@@ -333,13 +350,15 @@ def _plan(call: _Call) -> Trial:
         return _impossible(call.trial, str(error))
     except PinError as error:
         return _conflict(call.trial, error)
-    return _shown(_told(call.trial, FITS, result), result)
+    return _shown(_told(trial, FITS, result), result)
 
 
 def _shown(trial: Trial, result: Result) -> Trial:
-    """With what the plan exposes, where others may make use of it."""
+    """With what others may make use of: where memory was short, and what the plan exposes."""
     program = result.program
     shows = trial.mesh.chip.overlap and trial.ordinary and trial.remat is None
+    if trial.same_step:
+        trial = replace(trial, crowded=result.crowded)
     if trial.staged or not shows or not isinstance(program, Program):
         return trial
     return replace(trial, exposed=exposed_shares(program, trial.mesh))

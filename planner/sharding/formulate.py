@@ -74,6 +74,7 @@ class Space:
         self.tensors = self.flow.graph.all_tensors()
         self.resharder = mesh_resharder(self.mesh, self.flow.uneven)
         self.site_seconds: dict[str, Array] = {}  # of all executions of an op in a step
+        self._alike: dict[str, Array] = {}  # of one execution, by signature
         self._costs: dict[Key, Array] = {}
         self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
         self._op_nodes()
@@ -93,10 +94,16 @@ class Space:
                 self.keys.append(key)
                 self.choices[name] = self._allowed(op)
                 self._costs[key] = np.zeros(len(self.choices[name]))
-            self.site_seconds[op.name] = site.times * choice_seconds(
-                op, self.choices[name], self.tensors, self.mesh
-            )
+            self.site_seconds[op.name] = site.times * self._op_seconds(op, self.choices[name])
             self._costs[key] += self.site_seconds[op.name]
+
+    def _op_seconds(self, op: Op, choices: Sequence[Choice]) -> Array:
+        if self.as_laid:  # choices are left out for what operands are called
+            return choice_seconds(op, choices, self.tensors, self.mesh)
+        same = signature(op, self.tensors)
+        if same not in self._alike:
+            self._alike[same] = choice_seconds(op, choices, self.tensors, self.mesh)
+        return self._alike[same]
 
     def _allowed(self, op: Op) -> tuple[Choice, ...]:
         """The choices that read operands in the specs that `as_laid` demands."""
@@ -413,7 +420,11 @@ def choice_seconds(
 ) -> Array:
     """Seconds of one execution of `op` under each choice, halo exchange included."""
     sizes = dict(mesh.axes)
-    seconds = many_kernel_seconds(mesh.chip, [lower_op(op, c, tensors, sizes) for c in choices])
+    parts = [tuple(prod(sizes[a] for a in axes) for axes in c.split) for c in choices]
+    first = dict(zip(parts, choices, strict=True))  # kernels depend on sizes, not on axes
+    kernels = [lower_op(op, c, tensors, sizes) for c in first.values()]
+    priced = dict(zip(first, many_kernel_seconds(mesh.chip, kernels).tolist(), strict=True))
+    seconds = np.array([priced[split] for split in parts])
     if op.rule.windows:
         seconds += [
             sum(_halo_seconds(h, tensors[op.ins[h.read.slot]].dtype, mesh) for h in found)
@@ -429,6 +440,12 @@ def _halo_seconds(halo: Halo, dtype: str, mesh: LogicalMesh) -> float:
     return joining + sum(table.move("shift", axes, n) for n in pieces)
 
 
+def signature(op: Op, tensors: Mapping[str, Tensor]) -> str:
+    """The same for ops that differ in their names alone."""
+    operands = [(tensors[n].shape, tensors[n].dtype) for n in (*op.ins, *op.outs)]
+    return repr((op.kind, op.rule, op.phase, sorted(op.attrs.items()), operands))
+
+
 def least_compute(flow: Flow, mesh: LogicalMesh, clock: Clock) -> float:
     """A lower bound of any plan's serial time: every op under its cheapest choice, those that
     there is no time to look at for nothing."""
@@ -437,8 +454,7 @@ def least_compute(flow: Flow, mesh: LogicalMesh, clock: Clock) -> float:
     found = 0.0
     for site in flow.sites.values():
         op = site.op
-        operands = [(tensors[n].shape, tensors[n].dtype) for n in (*op.ins, *op.outs)]
-        alike = repr((op.kind, op.rule, op.phase, sorted(op.attrs.items()), operands))
+        alike = signature(op, tensors)
         if alike not in seconds:
             if clock.over():
                 continue
