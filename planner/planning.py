@@ -523,7 +523,6 @@ class Planning:
 
         def worth(outcome: Outcome) -> bool:
             """A plan near the least cost shows whether constraints are still to come."""
-            self.check_bound(outcome)
             candidate = self.candidate(outcome)
             if candidate.memory.peak_bytes > target:
                 return False
@@ -532,8 +531,8 @@ class Planning:
 
         for _ in range(MEMORY_ROUNDS):
             limited = target - self.slack if self.active else None
-            look = Look(LOOSE_GAP, worth) if self.active and gap < LOOSE_GAP else None
-            outcome = self.solved(limited, counts, gap, look)
+            early = LOOSE_GAP if self.active and gap < LOOSE_GAP else 0.0
+            outcome = self.solved(limited, counts, gap, Look(early, worth, self.hopeless_s))
             if outcome.status == "infeasible":
                 break
             self.check_bound(outcome)
@@ -547,10 +546,13 @@ class Planning:
                 raise Unsolved(f"memory constraints did not settle in {MEMORY_ROUNDS} rounds")
         return reduce(better, fits) if fits else None
 
+    @property
+    def hopeless_s(self) -> float:
+        """Where the surrogate is the step time: of what bound it cannot beat what it is to beat."""
+        return inf if self.mesh.chip.overlap else self.options.to_beat_s * (1 - ENOUGH_GAP)
+
     def check_bound(self, outcome: Outcome) -> None:
-        """Where the surrogate is the step time, its bound may settle what is to be beaten."""
-        hides = self.mesh.chip.overlap
-        if not hides and outcome.bound >= self.options.to_beat_s * (1 - ENOUGH_GAP):
+        if outcome.bound >= self.hopeless_s:
             raise NoPromise("slower", outcome.bound)
 
     @property

@@ -64,7 +64,7 @@ class Anytime:
 
     A choice that costs at most the share `gap` above the bound ends it; so does `look` (choice,
     bound), asked of every better one within the share `look_gap`, if it says that going on is not
-    worth while.
+    worth while, and a bound of `hopeless`.
     """
 
     work: Work
@@ -74,6 +74,7 @@ class Anytime:
     gap: float = 0.0
     look_gap: float = 0.0
     look: Callable[[Ints, float], bool] | None = None
+    hopeless: float = np.inf
     report: Callable[[float, float, Ints | None], None] | None = None
     try_exact: bool = True
     pair: bool = False
@@ -85,7 +86,7 @@ class Anytime:
     looked: float = np.inf
     """Cost of the last choice that `look` was asked of."""
     futile: bool = False
-    """Whether `look` has ended the search."""
+    """Whether `look` or `hopeless` has ended the search."""
     inner: Ints = field(default_factory=lambda: np.zeros(0, dtype=np.int64))
 
     def run(self) -> exact.Search:
@@ -123,7 +124,7 @@ class Anytime:
                 return
         with self._company(dual) as other:
             self._ascend(dual, other)
-            if self.choice is None:
+            if self.choice is None and not self.futile:
                 self._memory_first(dual, other)
             if self.choice is not None:
                 self._improve(self._moves(dual), other)
@@ -132,7 +133,7 @@ class Anytime:
 
     def _exact(self, clock: Clock) -> bool:
         """Branch and bound on everything; True when it finished or came close enough."""
-        for gap in (self.gap,) if self.look is None else (self.look_gap, self.gap):
+        for gap in sorted({max(self.look_gap, self.gap), self.gap}, reverse=True):
             found = exact.search(
                 self.work, clock=clock, nodes=self.work_limit, gap=gap, upper=self.cost,
                 seed=self.seed,
@@ -280,7 +281,10 @@ class Anytime:
         return self.choice is None or self.cost - self.bound > FAR * abs(self.cost)
 
     def _closed(self) -> bool:
-        """Bound and cost agree to rounding, or as much as was asked for."""
+        """Bound and cost agree to rounding, or as much as was asked for; or there is no point."""
+        self.futile = self.futile or self.bound >= self.hopeless
+        if self.futile:
+            return True
         if self.choice is None:
             return False
         between = self.cost - self.bound

@@ -33,11 +33,12 @@ Progress = Callable[[float, float], None]
 
 @dataclass(frozen=True)
 class Look:
-    """A question on the way: whether a choice that costs at most the share `gap` above the bound
-    makes it worth while to go on. Asked of every better one."""
+    """What may end a search early: a question that is asked of every better choice that costs at
+    most the share `gap` above the bound, whether to go on; and a bound of `hopeless`."""
 
     gap: float
     worth: Callable[[Outcome], bool]
+    hopeless: float = np.inf
 
 
 def solve(
@@ -122,6 +123,7 @@ def _reduced(
     )
     if look is not None:
         anytime.look_gap, anytime.look = look.gap, partial(_worth, problem, clock, look)
+        anytime.hopeless = look.hopeless
     return anytime.run()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ilp_support import brute_force, problems, random_problem
 
-from planner.ilp import Edge, Problem, Usage, evaluate, solve
+from planner.ilp import Edge, Look, Outcome, Problem, Usage, evaluate, solve
 
 # Mostly ours: the others take a hundred times as long.
 EXACT_BACKENDS = st.sampled_from(["auto"] * 18 + ["highs", "cbc"])
@@ -112,7 +113,7 @@ def test_one_expensive_entry_does_not_drown_the_rest() -> None:
             cost[0, 0] = 1e17
             edges.append(Edge(i, j, cost))
     usages = tuple(Usage(n, 0, 1, rng.integers(0, 9, 3).astype(float)) for n in range(8))
-    problem = Problem(costs, tuple(edges), usages, 25.0)
+    problem = Problem(costs, tuple(edges), usages, 14.0)
     check_against_brute_force(problem, "auto")
 
 
@@ -189,3 +190,57 @@ def test_malformed_problems_are_refused(problem: Problem, words: str) -> None:
 def test_unknown_backend_is_refused() -> None:
     with pytest.raises(ValueError, match="unknown backend"):
         solve(Problem(()), backend="magic")
+
+
+# ---- ending early --------------------------------------------------------------------------------
+
+
+def hard() -> Problem:
+    """A torus of 6 x 6 nodes in which the cheaper strategies need more."""
+    rng = np.random.default_rng(0)
+    amounts = [rng.random(4) for _ in range(36)]
+    costs = tuple(1.0 - amount + 0.3 * rng.random(4) for amount in amounts)
+    ends = [(6 * i + j, 6 * k + m) for i in range(6) for j in range(6)
+            for k, m in ((i, (j + 1) % 6), ((i + 1) % 6, j))]  # fmt: skip
+    edges = tuple(Edge(i, j, rng.random((4, 4))) for i, j in ends)
+    usages = tuple(Usage(n, 0, 1, amount) for n, amount in enumerate(amounts))
+    return Problem(costs, edges, usages, 14.0)
+
+
+def looked(gap: float, worth: bool, hopeless: float = np.inf) -> tuple[Outcome, list[Outcome]]:
+    asked: list[Outcome] = []
+
+    def ask(outcome: Outcome) -> bool:
+        asked.append(outcome)
+        return worth
+
+    look = Look(gap, ask, hopeless)
+    return solve(hard(), backend="lns", work_limit=10, look=look), asked
+
+
+def test_every_better_choice_is_looked_at() -> None:
+    found, asked = looked(1.0, worth=True)
+    costs = [o.cost for o in asked]
+    assert len(costs) > 1
+    assert all(later < earlier for earlier, later in pairwise(costs))
+    assert found.cost == costs[-1]
+
+
+def test_only_choices_near_the_bound_are_looked_at() -> None:
+    _, asked = looked(0.05, worth=True)
+    assert asked
+    assert all(o.cost - o.bound <= 0.05 * o.cost for o in asked)
+
+
+def test_a_look_ends_the_search() -> None:
+    found, asked = looked(1.0, worth=False)
+    assert len(asked) == 1
+    assert found.cost == asked[0].cost
+    assert found.status == "feasible"
+
+
+def test_a_hopeless_bound_ends_the_search() -> None:
+    whole, _ = looked(0.0, worth=True)
+    ended, _ = looked(0.0, worth=True, hopeless=whole.bound * 0.5)
+    assert whole.bound * 0.5 <= ended.bound < whole.bound
+    assert ended.cost > whole.cost
