@@ -46,7 +46,6 @@ class LossWriter:
     together: Collection[str] = ()  # products whose gradients are made one after the other
     first: Mapping[str, str] = field(default_factory=dict)  # product → whose gradient comes first
     apart: Mapping[str, Sequence[Spec]] = field(default_factory=dict)  # where gradients go instead
-    own_softmax: bool = False
     sliced: Collection[str] = ()  # convolutions by the program's own function
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
     variables: dict[str, str] = field(default_factory=dict)
@@ -92,7 +91,7 @@ class LossWriter:
             names[0] = f"lax.stop_gradient({names[0]})"
         lines = []
         given = [self.gradients.get((op.name, name)) for name in op.ins]
-        own = self.own_softmax and op.attrs.get("vjp") == "softmax"
+        own = op.attrs.get("vjp") == "softmax"
         kept = prefix and op.outs[0] in self.kept
         label = self.variables[op.outs[0]] if own and kept else None
         together = op.name in self.together
@@ -101,7 +100,7 @@ class LossWriter:
         sliced = op.name in self.sliced
         text = OpText(
             op, names, targets, ins, outs, plain, copies, given, together, self.first.get(op.name),
-            own, label, sliced,
+            label, sliced,
         )  # fmt: skip
         for a in statements(text):
             code = a.code

@@ -37,9 +37,8 @@ class OpText:
 
     `gradients`: of a product's operands, how they are made; `together`: one after the other;
     `first`: that of this operand before the other. Such a product takes its operands as they lie
-    (`plain`) and reads `copies` of them. `own_softmax`: by the program's own function, which saves
-    its result as `label`. `sliced`: a convolution or a pooling by the program's own function for
-    few samples."""
+    (`plain`) and reads `copies` of them. `label`: as what softmax saves its result. `sliced`: a
+    convolution or a pooling by the program's own function for few samples."""
 
     op: Op
     names: Sequence[str]
@@ -51,7 +50,6 @@ class OpText:
     gradients: Sequence[Gradient | None] = ()
     together: bool = False
     first: str | None = None
-    own_softmax: bool = False
     label: str | None = None
     sliced: bool = False
 
@@ -322,18 +320,16 @@ def _as(code: str, t: OpText, operand: int) -> str:
 
 
 def _softmax(t: OpText) -> str:
-    """exp(logit − max) / sum as one call; the ops of max and sum become dead code."""
+    """exp(logit − max) / sum as one call of the program's own function; the ops of max and sum
+    become dead code."""
     logit = _added_mask(t.op.attrs["exprs"][0][1][1][1])
     order = _order(t, 0)
     writer = _writer(t, order, "f32")
     names = [t.op.rule.factors[i].name for i in order]
     axis = names.index(t.op.attrs["over"])
     wanted = t.outs[0].dtype
-    if t.own_softmax:
-        label = "" if t.label is None else f', "{t.label}"'
-        return f"softmax({writer.text(logit)}, {axis}, {JNP_DTYPES[wanted]}{label})"
-    code = f"jax.nn.softmax({writer.text(logit)}, axis={axis})"
-    return code if wanted == "f32" else f"{code}.astype({JNP_DTYPES[wanted]})"
+    label = "" if t.label is None else f', "{t.label}"'
+    return f"softmax({writer.text(logit)}, {axis}, {JNP_DTYPES[wanted]}{label})"
 
 
 def _added_mask(logit: ex.Expr) -> ex.Expr:

@@ -55,7 +55,7 @@ def jax_program(
     kept = saved_values(model) if sides is None else sides.saved
     writer = LossWriter(
         graph, annotated, kept, place.uses, sums, place.gradients, place.together, place.first,
-        place.apart, place.softmax, place.sliced, place.rounds,
+        place.apart, place.sliced, place.rounds,
     )  # fmt: skip
     made = stage_outputs(graph, sides.boundary) if sides else ([*graph.outputs[:1]], [])
     body, used = writer.lines([*made[0], *made[1]]), writer.helpers

@@ -65,8 +65,7 @@ class Placement:
     whose two gradients are made one right after the other. `first`: products of which the gradient
     of one operand is made before that of the other. `apart`: tensors whose gradients do not
     lie as they do, and the places that these pass to where they lie; none where that is left open.
-    `softmax`: whether its gradient is made of the result, by a function of the program's own, with
-    a `barrier` before it.
+    `barrier`: whether softmax's gradient is made of its result behind one.
     `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
     circular pipeline as its ticks read them, and where their gradients add up (None is open)."""
 
@@ -77,7 +76,6 @@ class Placement:
     together: Collection[str] = ()
     first: Mapping[str, str] = field(default_factory=dict)
     apart: Mapping[str, Sequence[Spec]] = field(default_factory=dict)
-    softmax: bool = False
     barrier: bool = False
     sliced: Collection[str] = ()
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
@@ -92,7 +90,7 @@ def placement(result: Result) -> Placement:
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
     tensors = result.graph.all_tensors()
-    gpu = result.mesh.chip.family == "gpu"  # the TPU's compiler needs less telling
+    gpu = _on_gpu(result)  # the TPU's compiler needs less telling
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
         if op.phase != "forward" or choice is None or op.attrs.get("onehot") == "choose":
@@ -127,7 +125,7 @@ def placement(result: Result) -> Placement:
         **dict.fromkeys(_free_casts(result), ()), **_apart(result, specs, made_at, tensors, ways)
     }  # fmt: skip
     return Placement(
-        specs, uses, sums, gradients, together, first, apart, softmax=True, barrier=gpu,
+        specs, uses, sums, gradients, together, first, apart, barrier=gpu,
         sliced=_sliced(result), rounds=_rounds(result),
     )  # fmt: skip
 
@@ -198,7 +196,11 @@ def only(result: Result, names: Collection[str]) -> Placement:
     }  # fmt: skip
     left_out = activations.difference(names)
     tensors = {name: s for name, s in result.specs.items() if name not in left_out}
-    return Placement(tensors, sliced=_sliced(result))
+    return Placement(tensors, barrier=_on_gpu(result), sliced=_sliced(result))
+
+
+def _on_gpu(result: Result) -> bool:
+    return result.mesh.chip.family == "gpu"
 
 
 def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
