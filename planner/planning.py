@@ -92,9 +92,7 @@ class Options:
     `least_memory`, no plan is looked for once nothing fits (it takes longer than the proof). What
     has no promise to be faster than `to_beat_s` is given up. `known`: of meshes (by `meshes.alike`)
     what has been seen without constraints, `like`: of this mesh what a similar model has shown.
-    `gap`: how far above the least surrogate cost is near enough, if more than by default.
-    `crowded`: steps at which memory is constrained from the start, as plans on other meshes
-    exceeded it."""
+    `gap`: how far above the least surrogate cost is near enough, if more than by default."""
 
     memory_bytes: int | None = None
     headroom: float = DEFAULT_HEADROOM
@@ -106,7 +104,6 @@ class Options:
     known: Mapping[Hashable, Seen] = field(default_factory=dict, compare=False)
     like: Seen | None = field(default=None, compare=False)
     gap: float = 0.0
-    crowded: tuple[int, ...] = ()
 
 
 class Infeasible(Exception):
@@ -260,7 +257,7 @@ class Planning:
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     follows: bool = True  # whether what a plan exposes decides what the next one pays for
-    active: list[int] = field(init=False)  # steps with a memory constraint
+    active: list[int] = field(default_factory=list)  # steps with a memory constraint
     slack: float = 0.0  # bytes by which the ILP has under-estimated a program
     leanest: Candidate | None = None  # of the plans seen the one of least peak
     solving_s: float = 0.0
@@ -268,7 +265,6 @@ class Planning:
 
     def __post_init__(self) -> None:
         self.clock = Clock.of(self.options.time_limit_s)
-        self.active = list(self.options.crowded)
         self.say("deriving the step")
         self.graph = self.step()
         self.flow = self.laid_out()
@@ -649,7 +645,6 @@ class Planning:
             self.model, self.mesh, self.graph, c.plan, c.program, c.timing, c.memory,
             count_flops(self.graph), self.limit, self.options.headroom,
             resolve_specs(self.flow, c.plan, self.resharder), self.mesh.topology.notes,
-            crowded=tuple(self.active),
         )  # fmt: skip
 
 

@@ -39,8 +39,7 @@ class Result:
     """A plan of `model` on `mesh`, read. `graph` is the step.
 
     `specs`: where every materialised tensor lies (stacked parameters with their stacked
-    dimensions). `crowded`: steps of its flow at which plans on the way exceeded the memory.
-    `limit_bytes` is per device; `headroom` the fraction by which the compiler may
+    dimensions). `limit_bytes` is per device; `headroom` the fraction by which the compiler may
     need more than predicted. `notes` say what a reader of the report should know. `stages`: of a
     pipeline whose stages have programs of their own, equal ones the same.
     """
@@ -58,7 +57,6 @@ class Result:
     specs: Mapping[str, Spec]
     notes: tuple[str, ...] = ()
     stages: tuple[PlannedStage, ...] = ()
-    crowded: tuple[int, ...] = ()
 
     @property
     def one_program(self) -> Program:

@@ -76,7 +76,6 @@ class Trial:
     peak_bytes: int | None = None
     plan: Plan | None = None
     exposed: Mapping[Moved, float] = field(default_factory=dict, compare=False)
-    crowded: tuple[int, ...] = ()  # see Result
     explanation: tuple[str, ...] = ()
 
     @property
@@ -89,11 +88,6 @@ class Trial:
     @property
     def shape(self) -> str:
         return ",".join(f"{name}={size}" for name, size in self.mesh.axes)
-
-    @property
-    def same_step(self) -> bool:
-        """Whether its step is that of the model that is searched for."""
-        return self.remat is None and self.model is None and not self.staged
 
     @property
     def ordinary(self) -> bool:
@@ -208,9 +202,8 @@ class _Search:
                 if not self._hopeless(i):
                     begun += 1
                     options = replace(
-                        self._options(), known=self._known(), to_beat_s=self._to_beat(i),
-                        crowded=self._crowded(i),
-                    )  # fmt: skip
+                        self._options(), known=self._known(), to_beat_s=self._to_beat(i)
+                    )
                     yield _Call(self.model, self.trials[i], options, i)
 
         def settle(call: _Call, trial: Trial) -> None:
@@ -251,12 +244,6 @@ class _Search:
             for t in self.settled.values()
             if t.exposed
         }
-
-    def _crowded(self, i: int) -> tuple[int, ...]:
-        """Steps that exceeded the memory on other meshes, where the step is the same."""
-        if not self.trials[i].same_step:
-            return ()
-        return tuple(sorted({t for trial in self.settled.values() for t in trial.crowded}))
 
     def _hopeless(self, i: int) -> bool:
         """Settles what its constraints or its bound rule out."""
@@ -354,11 +341,9 @@ def _plan(call: _Call) -> Trial:
 
 
 def _shown(trial: Trial, result: Result) -> Trial:
-    """With what others may make use of: where memory was short, and what the plan exposes."""
+    """With what the plan exposes, where others may make use of it."""
     program = result.program
     shows = trial.mesh.chip.overlap and trial.ordinary and trial.remat is None
-    if trial.same_step:
-        trial = replace(trial, crowded=result.crowded)
     if trial.staged or not shows or not isinstance(program, Program):
         return trial
     return replace(trial, exposed=exposed_shares(program, trial.mesh))

@@ -45,6 +45,7 @@ from planner.sharding.spec import Spec, all_specs
 
 Array = NDArray[np.float64]
 Key = tuple[str, int | str]  # ("op", name) or ("home", id)
+Rows = tuple[list[Spec], NDArray[np.int64]]
 HomeSeconds = Callable[[Home, Sequence[Spec]], Array]  # seconds a step of each spec
 
 
@@ -74,9 +75,11 @@ class Space:
         self.tensors = self.flow.graph.all_tensors()
         self.resharder = mesh_resharder(self.mesh, self.flow.uneven)
         self.site_seconds: dict[str, Array] = {}  # of all executions of an op in a step
-        self._alike: dict[str, Array] = {}  # of one execution, by signature
         self._costs: dict[Key, Array] = {}
-        self._rows: dict[Place, tuple[list[Spec], NDArray[np.int64]]] = {}
+        # Layers repeat their ops. What is alike has the same tuple of choices, and shares the rest.
+        self._found: dict[str, tuple[Choice, ...]] = {}
+        self._seconds: dict[tuple[str, int], Array] = {}
+        self._rows: dict[tuple[object, ...], Rows] = {}
         self._op_nodes()
         self._home_nodes()
         self.number = {key: i for i, key in enumerate(self.keys)}
@@ -98,22 +101,24 @@ class Space:
             self._costs[key] += self.site_seconds[op.name]
 
     def _op_seconds(self, op: Op, choices: Sequence[Choice]) -> Array:
-        if self.as_laid:  # choices are left out for what operands are called
-            return choice_seconds(op, choices, self.tensors, self.mesh)
-        same = signature(op, self.tensors)
-        if same not in self._alike:
-            self._alike[same] = choice_seconds(op, choices, self.tensors, self.mesh)
-        return self._alike[same]
+        same = signature(op, self.tensors), id(choices)
+        if same not in self._seconds:
+            self._seconds[same] = choice_seconds(op, choices, self.tensors, self.mesh)
+        return self._seconds[same]
 
     def _allowed(self, op: Op) -> tuple[Choice, ...]:
         """The choices that read operands in the specs that `as_laid` demands."""
         laid = self.as_laid
         demanded = [(i, laid[name]) for i, name in enumerate(op.ins) if name in laid]
-        found = OpChoices(op, self.mesh.axes, self.flow.uneven).choices
-        found = tuple(c for c in found if all(c.operand(op.rule, i) == s for i, s in demanded))
-        if not found:
+        same = f"{signature(op, self.tensors)} {demanded}"
+        if same not in self._found:
+            found = OpChoices(op, self.mesh.axes, self.flow.uneven).choices
+            self._found[same] = tuple(
+                c for c in found if all(c.operand(op.rule, i) == s for i, s in demanded)
+            )
+        if not self._found[same]:
             raise Unsatisfiable(f"'{op.name}' cannot read its operands as they are laid")
-        return found
+        return self._found[same]
 
     def _home_nodes(self) -> None:
         for home in self.flow.homes:
@@ -141,14 +146,18 @@ class Space:
         op = self.flow.sites[place.op].op
         return ("op", op.origin or op.name)
 
-    def rows(self, place: Place) -> tuple[list[Spec], NDArray[np.int64]]:
+    def rows(self, place: Place) -> Rows:
         """Distinct specs at `place`, and for every strategy of its node the index of its own."""
-        if place not in self._rows:
+        alike: tuple[object, ...] = (place,)
+        if place.kind != "home":
+            op = self.flow.sites[place.op].op
+            alike = id(self.choices[op.origin or op.name]), place.kind, place.slot
+        if alike not in self._rows:
             each = self._each(place)
             distinct = list(dict.fromkeys(each))
             where = {spec: i for i, spec in enumerate(distinct)}
-            self._rows[place] = distinct, np.array([where[s] for s in each])
-        return self._rows[place]
+            self._rows[alike] = distinct, np.array([where[s] for s in each])
+        return self._rows[alike]
 
     def _each(self, place: Place) -> list[Spec]:
         if place.kind == "home":
