@@ -323,7 +323,7 @@ def test_gradients_made_as_planned_are_the_same(tmp_path: Path) -> None:
             ),
             ("logits", "table.cast"): Gradient(home=Spec(((), ("y",)))),
         },
-        together={"logits"}, softmax=True,
+        together={"logits"},
     )  # fmt: skip
     source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)
     assert 'P("y", None, "x"), P("y", None, None), P(None, "x")' in source
