@@ -7,7 +7,9 @@ Convergent Tree-Reweighted Message Passing, PAMI 2006). Any order will do: here 
 the program advance side by side, so that levels are few and large.
 
 Nodes of one level have no edge in common, so a level is one batch of flat array operations:
-cells of all matrices are stored twice, ordered for minimising over either end.
+cells of all matrices are stored twice, ordered for minimising over either end. Large matrices, of
+which there are few, are minimised over one by one: picking what is added to each of their cells
+would take longer than adding it.
 """
 
 from __future__ import annotations
@@ -18,14 +20,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planner.ilp.levels import Cut, before, ranges
-from planner.ilp.problem import Vector
+from planner.ilp.problem import Matrix, Vector
 from planner.ilp.work import Work
 
 Ints = NDArray[np.int64]
 
+LARGE_CELLS = 4096
 SEGMENT_NODES = 200
 """Nodes that follow each other in the order of the problem before another segment starts.
 Shorter ones make levels larger, and news travels from segment to segment once per sweep."""
+
+
+@dataclass
+class Large:
+    """A large matrix (other label, own label) of a batch: where its own labels are among those
+    that are sent, and its message among what is written."""
+
+    cost: Matrix
+    sent: slice
+    written: slice
 
 
 @dataclass
@@ -42,12 +55,13 @@ class Batch:
     free: Vector  # [nodes]: share of the node's minimum that no outgoing chain carries
     send_label: Ints  # per (edge, own label): position in label_at
     send_back: Ints  # per (edge, own label): flat index of the reverse message
-    cells: Vector  # costs ordered by (edge, other label, own label)
+    cells: Vector  # costs ordered by (edge, other label, own label), without large matrices
     cell_send: Ints  # per cell: which (edge, own label)
     cell_start: Ints  # where each (edge, other label) starts
     out_message: Ints  # flat index of each message entry that is written
     out_start: Ints  # where each edge's message starts in `out_message`
     out_edge: Ints  # per message entry: which edge of the batch
+    large: list[Large]  # of the last edges of the batch
 
 
 class Messages:
@@ -104,18 +118,31 @@ class Messages:
         own, other, out, back = self.low, self.high, self.to_high, self.to_low
         if not up:
             own, other, out, back = other, own, back, out
-        sent = np.argsort(rank[own], kind="stable")
-        own, other, out, back = own[sent], other[sent], out[sent], back[sent]
+        large = self.sizes[own] * self.sizes[other] >= LARGE_CELLS
+        sent = np.lexsort((rank[own], large, level[own]))
+        own, other, out, back, large = own[sent], other[sent], out[sent], back[sent], large[sent]
         size, width, by = self.sizes[own], self.sizes[other], level[own]
-        costs = (self.edges[e][2] for e in sent.tolist())
-        cells = [np.zeros(0), *((cost.T if up else cost).ravel() for cost in costs)]
-        row = np.repeat(size, width)  # cells of each message entry
+        at_send, at_entry = before(size, by), before(width, by)
+        costs = [self.edges[e][2].T if up else self.edges[e][2] for e in sent.tolist()]
+        few = ~large
+        cells = [np.zeros(0), *(costs[e].ravel() for e in np.flatnonzero(few).tolist())]
+        row, of_row = np.repeat(size[few], width[few]), np.repeat(by[few], width[few])
+        alone: list[list[Large]] = [[] for _ in range(count)]
+        for e in np.flatnonzero(large).tolist():
+            alone[by[e]].append(
+                Large(
+                    np.ascontiguousarray(costs[e]),
+                    slice(at_send[e], at_send[e] + size[e]),
+                    slice(at_entry[e], at_entry[e] + width[e]),
+                )
+            )
 
         one = np.ones_like(nodes)
         per_node, per_label = Cut(at_level, one, count), Cut(at_level, sizes, count)
         per_arrival = Cut(level[end], self.sizes[end], count)
         per_edge, per_send = Cut(by, np.ones_like(by), count), Cut(by, size, count)
-        per_cell, per_entry = Cut(by, size * width, count), Cut(by, width, count)
+        per_cell, per_row = Cut(by, few * size * width, count), Cut(by, few * width, count)
+        per_entry = Cut(by, width, count)
         columns = (
             per_node(nodes), per_label(ranges(self.first[nodes], sizes)), per_node(start[nodes]),
             per_label(np.repeat(before(one, at_level), sizes)),
@@ -124,9 +151,9 @@ class Messages:
             per_label(np.repeat(1.0 / chains, sizes)), per_node(1.0 - outgoing / chains),
             per_send(ranges(start[own], size)), per_send(ranges(back, size)),
             per_cell(np.concatenate(cells)),
-            per_cell(ranges(np.repeat(before(size, by), width), row)),
-            per_entry(before(row, np.repeat(by, width))), per_entry(ranges(out, width)),
-            per_edge(before(width, by)), per_entry(np.repeat(before(np.ones_like(by), by), width)),
+            per_cell(ranges(np.repeat(at_send[few], width[few]), row)),
+            per_row(before(row, of_row)), per_entry(ranges(out, width)),
+            per_edge(at_entry), per_entry(np.repeat(before(np.ones_like(by), by), width)), alone,
         )  # fmt: skip
         return [Batch(*parts) for parts in zip(*columns, strict=True)] if count else []
 
@@ -152,7 +179,13 @@ class Messages:
         if len(batch.out_message) == 0:
             return 0.0
         give = (belief * batch.gamma)[batch.send_label] - self.message[batch.send_back]
-        values = np.minimum.reduceat(batch.cells + give[batch.cell_send], batch.cell_start)
+        values = np.empty(len(batch.out_message))
+        if len(batch.cell_start):
+            values[: len(batch.cell_start)] = np.minimum.reduceat(
+                batch.cells + give[batch.cell_send], batch.cell_start
+            )
+        for m in batch.large:
+            values[m.written] = (m.cost + give[m.sent]).min(axis=1)
         floor = np.minimum.reduceat(values, batch.out_start)
         self.message[batch.out_message] = values - floor[batch.out_edge]
         return float(floor.sum())
