@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ilp_support import brute_force, from_seed, problems, random_problem
 
-from planner.ilp import Edge, Problem, elimination, evaluate, exact, quick_bound
+from planner.ilp import Edge, Problem, elimination, evaluate, exact, messages, quick_bound
 from planner.ilp.presolve import presolve
 from planner.ilp.presolve_dominance import drop_dominated, forbid_pairs
 from planner.ilp.presolve_edges import drop_infinite, reduce_edge
@@ -164,3 +164,24 @@ def test_quick_bound_of_a_chain_is_exact():
     edges = tuple(Edge(i, i + 1, rng.integers(0, 9, (4, 4)).astype(float)) for i in range(4))
     problem = Problem(costs, edges)
     assert quick_bound(problem) == pytest.approx(brute_force(problem).cost)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_matrices_one_by_one_or_together_send_the_same(seed):
+    """Some of each: the same bound whichever way a matrix is minimised over."""
+    problem = random_problem(np.random.default_rng(seed), nodes=9, edges=16, tightness=None)
+    found = []
+    for cells in (1, 6, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(messages, "LARGE_CELLS", cells)
+            found.append(quick_bound(problem))
+    assert found[1:] == pytest.approx(found[:1] * 2)
+
+
+@given(st.integers(0, 2**32 - 1), st.floats(0, 1))
+def test_a_bound_that_is_enough_is_a_bound(seed, share):
+    problem = random_problem(np.random.default_rng(seed), nodes=9, edges=16, tightness=None)
+    whole = quick_bound(problem)
+    found = quick_bound(problem, enough=share * whole)
+    assert share * whole <= found or found == pytest.approx(whole)
+    assert found <= whole + 1e-9 * abs(whole) or whole == np.inf
