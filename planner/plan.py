@@ -26,9 +26,8 @@ class Proof:
 
 @dataclass(frozen=True)
 class Plan:
-    """`choices` by op name (recomputed ops follow their origin), `homes` by the
-    tensor that each holds.
-    `remat` is what is saved for the backward pass, where the model leaves that open.
+    """`choices` by op name (recomputed ops follow their origin), `homes` by the tensor that each
+    holds. `remat` is what is saved for the backward pass, where the model leaves that open.
 
     Of a pipeline: `starts` says where its stages start (see pipelining.pieces), `pieces` has a
     plan for every kind of stage in order, over the axes without the pipeline's; the plan itself

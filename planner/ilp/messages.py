@@ -26,6 +26,7 @@ from planner.ilp.work import Work
 Ints = NDArray[np.int64]
 
 LARGE_CELLS = 4096
+"""A matrix of so many cells takes longer than a call of its own."""
 SEGMENT_NODES = 200
 """Nodes that follow each other in the order of the problem before another segment starts.
 Shorter ones make levels larger, and news travels from segment to segment once per sweep."""

@@ -93,24 +93,26 @@ class Space:
             op = site.op
             name = op.origin or op.name
             key: Key = ("op", name)
+            like = signature(op, self.tensors)
             if key not in self._costs:
                 self.keys.append(key)
-                self.choices[name] = self._allowed(op)
+                self.choices[name] = self._allowed(op, like)
                 self._costs[key] = np.zeros(len(self.choices[name]))
-            self.site_seconds[op.name] = site.times * self._op_seconds(op, self.choices[name])
+            self.site_seconds[op.name] = site.times * self._op_seconds(op, like, self.choices[name])
             self._costs[key] += self.site_seconds[op.name]
 
-    def _op_seconds(self, op: Op, choices: Sequence[Choice]) -> Array:
-        same = signature(op, self.tensors), id(choices)
+    def _op_seconds(self, op: Op, like: str, choices: Sequence[Choice]) -> Array:
+        same = like, id(choices)
         if same not in self._seconds:
             self._seconds[same] = choice_seconds(op, choices, self.tensors, self.mesh)
         return self._seconds[same]
 
-    def _allowed(self, op: Op) -> tuple[Choice, ...]:
-        """The choices that read operands in the specs that `as_laid` demands."""
+    def _allowed(self, op: Op, like: str) -> tuple[Choice, ...]:
+        """The choices that read operands in the specs that `as_laid` demands. `like`: the op's
+        signature."""
         laid = self.as_laid
         demanded = [(i, laid[name]) for i, name in enumerate(op.ins) if name in laid]
-        same = f"{signature(op, self.tensors)} {demanded}"
+        same = f"{like} {demanded}"
         if same not in self._found:
             found = OpChoices(op, self.mesh.axes, self.flow.uneven).choices
             self._found[same] = tuple(
@@ -430,9 +432,9 @@ def choice_seconds(
     """Seconds of one execution of `op` under each choice, halo exchange included."""
     sizes = dict(mesh.axes)
     parts = [tuple(prod(sizes[a] for a in axes) for axes in c.split) for c in choices]
-    first = dict(zip(parts, choices, strict=True))  # kernels depend on sizes, not on axes
-    kernels = [lower_op(op, c, tensors, sizes) for c in first.values()]
-    priced = dict(zip(first, many_kernel_seconds(mesh.chip, kernels).tolist(), strict=True))
+    each = dict(zip(parts, choices, strict=True))  # kernels depend on sizes, not on axes
+    kernels = [lower_op(op, c, tensors, sizes) for c in each.values()]
+    priced = dict(zip(each, many_kernel_seconds(mesh.chip, kernels).tolist(), strict=True))
     seconds = np.array([priced[split] for split in parts])
     if op.rule.windows:
         seconds += [

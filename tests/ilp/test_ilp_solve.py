@@ -113,7 +113,7 @@ def test_one_expensive_entry_does_not_drown_the_rest() -> None:
             cost[0, 0] = 1e17
             edges.append(Edge(i, j, cost))
     usages = tuple(Usage(n, 0, 1, rng.integers(0, 9, 3).astype(float)) for n in range(8))
-    problem = Problem(costs, tuple(edges), usages, 14.0)
+    problem = Problem(costs, tuple(edges), usages, 25.0)
     check_against_brute_force(problem, "auto")
 
 
