@@ -136,8 +136,8 @@ def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> st
             continue
         passed = (given.made, *given.way, given.home)
         places = [
-            _place(given.cotangent, range(len(t.outs[0].shape))),
-            _places((given.through, given.other), others),
+            _places(given.cotangent, range(len(t.outs[0].shape))),
+            _places(given.other, others),
             *(_place(spec, mine) for spec in passed if spec is not None),
         ]  # fmt: skip
         rows.append(f"({', '.join(places)})")

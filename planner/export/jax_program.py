@@ -7,7 +7,7 @@ is in `jax_loss.py`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from meshes import LogicalMesh
 from planner.export.jax_expr import JNP_DTYPES, partition
@@ -15,7 +15,7 @@ from planner.export.jax_loss import LossWriter, wrapped
 from planner.export.jax_ops import ExportError
 from planner.export.jax_optimizers import states_of, update_source
 from planner.export.jax_stage import ZEROS, Sides, stage_outputs, step_source
-from planner.export.placement import Placement, placement
+from planner.export.placement import Placement, Update, placement
 from planner.graph.core import Graph, Tensor
 from planner.graph.saving import saved_values
 from planner.model import SEVERAL_CHUNKS, Model, Pipeline, Training, remat_text
@@ -76,7 +76,8 @@ def jax_program(
          *(("    product = partial(placed_product, mesh=mesh)",) if "product" in used else ()),
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
-        _step_source(graph, training, sides),
+        *_moved_source(place.updates),
+        _step_source(graph, training, sides, bool(place.updates)),
         (_TAIL.replace(*_STAGE_RESULTS) if sides else _TAIL).strip("\n").split("\n"),
     ]  # fmt: skip
     return "\n\n\n".join("\n".join(part) for part in parts if part) + "\n"
@@ -268,12 +269,37 @@ def _saved_source(writer: LossWriter) -> list[str]:
     return lines
 
 
-def _step_source(graph: Graph, training: Training, sides: Sides | None) -> Sequence[str]:
+def _moved_source(updates: Mapping[str, Update]) -> Iterator[list[str]]:
+    """Where parameters are updated that lie elsewhere, and the function that brings them there."""
+    if not updates:
+        return
+    rows = []
+    for name, moved in sorted(updates.items()):
+        ways = (moved.parameter, moved.gradient, moved.new)
+        rows += [f'    "{name}": (', *(f"        {_way(specs)}," for specs in ways), "    ),"]
+    yield [
+        "# Parameters that are updated elsewhere -> places that they, their gradients and the new",
+        "# parameters pass, one collective after the other.",
+        "UPDATES = {", *(line for row in rows for line in wrapped(row)), "}",
+    ]  # fmt: skip
+    yield _MOVED.strip("\n").split("\n")
+
+
+def _way(specs: Sequence[Spec]) -> str:
+    places = [partition(spec) for spec in specs]
+    return f"({', '.join(places)}{',' if len(places) == 1 else ''})"
+
+
+def _step_source(
+    graph: Graph, training: Training, sides: Sides | None, moved: bool
+) -> Sequence[str]:
     steps = training.accumulation_steps
     if sides is not None:
-        return step_source(sides, steps, JNP_DTYPES[training.gradients], graph.outputs[0])
-    text = _ONE_STEP if steps == 1 else _ACCUMULATED.replace("STEPS", str(steps))
-    return text.strip("\n").split("\n")
+        lines = step_source(sides, steps, JNP_DTYPES[training.gradients], graph.outputs[0])
+    else:
+        text = _ONE_STEP if steps == 1 else _ACCUMULATED.replace("STEPS", str(steps))
+        lines = text.strip("\n").split("\n")
+    return [line.replace(*_MOVING) for line in lines] if moved else lines
 
 
 _STACKING = '''
@@ -585,6 +611,27 @@ _FUNCTIONS = {  # written if one of them is called
     ("slicewise", "spread_slicewise", "max_pool_slicewise"): _SLICEWISE, ("put", "pop"): _SLOTS,
     ("chosen_round",): _ROUNDS, ("rotated",): _ROTATED,
 }  # fmt: skip
+
+_MOVING = (
+    "update(name, p, grads[name], states[name])",
+    "moved_update(name, p, grads[name], states[name], mesh)",
+)
+
+_MOVED = '''
+def moved_update(name, p, g, state, mesh=None):
+    """update(name, p, g, state), where the plan makes it."""
+    if mesh is None or name not in UPDATES:
+        return update(name, p, g, state)
+    there, given, back = UPDATES[name]
+    for place in there:
+        p = annotate(p, place, mesh)
+    for place in given:
+        g = annotate(g, place, mesh)
+    new, state = update(name, p, g, state)
+    for place in back:
+        new = annotate(new, place, mesh)
+    return new, state
+'''
 
 _ONE_STEP = '''
 def train_step(params, states, batch, mesh=None):

@@ -45,16 +45,25 @@ class Copy:
 
 @dataclass(frozen=True)
 class Gradient:
-    """How the gradient of one operand of a product is made: where the result's gradient and the
-    other operand are read, and where the sums lie; None is left to the compiler. `way`: places
-    that these pass to who reads them. `through`: where the other operand lies before it is read."""
+    """How the gradient of one operand of a product is made: the places that the result's gradient
+    and the other operand pass, the last of them where they are read, and where the sums lie; what
+    is empty is left to the compiler. `way`: places that the sums pass to who reads them."""
 
-    cotangent: Spec | None = None
-    other: Spec | None = None
+    cotangent: Sequence[Spec] = ()
+    other: Sequence[Spec] = ()
     made: Spec | None = None
     way: Sequence[Spec] = ()
     home: Spec | None = None  # where they are reduced to at once
-    through: Spec | None = None
+
+
+@dataclass(frozen=True)
+class Update:
+    """Places that a parameter and its gradient pass on their way to the update, the last of them
+    where it is made, and those that the new parameter passes, beginning there."""
+
+    parameter: Sequence[Spec]
+    gradient: Sequence[Spec]
+    new: Sequence[Spec]
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class Placement:
     lie as they do, and the places that these pass to where they lie; none where that is left open.
     `barrier`: whether softmax's gradient is made of its result behind one.
     `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
-    circular pipeline as its ticks read them, and where their gradients add up (None is open)."""
+    circular pipeline as its ticks read them, and where their gradients add up (None is open).
+    `updates`: parameters that lie elsewhere when they are updated, several collectives away."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
@@ -79,6 +89,7 @@ class Placement:
     barrier: bool = False
     sliced: Collection[str] = ()
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
+    updates: Mapping[str, Update] = field(default_factory=dict)
 
 
 def placement(result: Result) -> Placement:
@@ -126,8 +137,27 @@ def placement(result: Result) -> Placement:
     }  # fmt: skip
     return Placement(
         specs, uses, sums, gradients, together, first, apart, barrier=gpu,
-        sliced=_sliced(result), rounds=_rounds(result),
+        sliced=_sliced(result), rounds=_rounds(result), updates=_updates(result, ways),
     )  # fmt: skip
+
+
+def _updates(result: Result, ways: _Ways) -> dict[str, Update]:
+    found = {}
+    order = [name for name, _ in result.mesh.axes]
+    for op, _ in result.graph.walk():
+        choice = result.plan.choices.get(op.name)
+        if op.phase != "update" or choice is None or len(op.ins) < 2:
+            continue
+        (parameter, gradient), new = op.ins[:2], op.outs[0]
+        home, made = result.specs.get(parameter), choice.result(op.rule, 0, order)
+        if home is None or parameter not in result.model.graph.inputs:
+            continue
+        here, there = choice.operand(op.rule, 0), choice.operand(op.rule, 1)
+        before, after = ways.between(parameter, home, here), ways.between(new, made, home)
+        given = _between(gradient, there, result, ways)
+        if before or after or given:
+            found[parameter] = Update((*before, here), (*given, there), (made, *after))
+    return found
 
 
 def _sliced(result: Result) -> set[str]:
@@ -229,10 +259,15 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
             way = _turns(path)
             if way or otherwise or _cut_when_whole(path):
                 at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
-                read = choice.operand(rule, at)
+                cotangent, again = makers[0].ins[1 - at], makers[0].ins[at]
+                pulled, read = choice.operand(rule, 1 - at), choice.operand(rule, at)
                 found[op.name, name] = Gradient(
-                    choice.operand(rule, 1 - at), read, made.without_partial(), way,
-                    through=_through(makers[0].ins[at], other, read, result, ways),
+                    (*_between(cotangent, pulled, result, ways), pulled),
+                    (
+                        *_through(again, other, read, result, ways),
+                        *_between(again, read, result, ways), read,
+                    ),
+                    made.without_partial(), way,
                 )  # fmt: skip
     return found
 
@@ -276,20 +311,30 @@ def _cut_when_whole(path: Sequence[Move]) -> bool:
     return {"all-reduce", "slice"} <= {move.kind for move in path}
 
 
-def _through(again: str, name: str, read: Spec, result: Result, ways: _Ways) -> Spec | None:
+def _between(name: str, read: Spec, result: Result, ways: _Ways) -> Sequence[Spec]:
+    """Places that a tensor passes between where it lies and where it is read."""
+    lies = result.specs.get(name, read)
+    return () if lies.partial or read.partial else ways.between(name, lies, read)
+
+
+def _through(
+    again: str, name: str, read: Spec, result: Result, ways: _Ways
+) -> Sequence[Spec]:  # fmt: skip
     """Where `name` lies when it is recomputed, if it has been gathered in part by then: the
     compiler would gather it a second time from where it came from."""
     lies = result.specs.get(again)
     if again == name or lies is None or lies in (read, result.specs.get(name)):
-        return None
+        return ()
     rest = {move.kind for move in ways.path(again, lies, read)}
-    return lies if rest == {"all-gather"} else None
+    return (lies,) if rest == {"all-gather"} else ()
 
 
 def _turns(path: Sequence[Move]) -> Sequence[Spec]:
-    """The places between, where several axes move to other dimensions one after the other. Of
-    that compilers make gathers of the whole tensor."""
-    several = sum(move.kind == "all-to-all" for move in path) > 1
+    """The places between, where several axes move to other dimensions one after the other, of
+    which compilers make gathers of the whole tensor, and where more is scattered than stays split:
+    they would reduce over the rest whole."""
+    kinds = [move.kind for move in path]
+    several = kinds.count("all-to-all") > 1 or {"reduce-scatter", "all-gather"} <= {*kinds}
     return [m.result for m in path[:-1] if not m.result.partial] if several else ()
 
 

@@ -356,7 +356,8 @@ def linear_groups(
 
 def is_cast(op: Op) -> bool:
     """Whether an op makes the same values in another dtype."""
-    return len(op.ins) == 1 and op.kind == "map" and op.attrs.get("exprs") == (ex.x(0),)
+    same = len(op.ins) == 1 and op.kind == "map" and op.attrs.get("exprs") == (ex.x(0),)
+    return same and op.rule.outs == op.rule.ins
 
 
 def contraction_sizes(op: Op) -> tuple[int, int, int, int] | None:

@@ -178,15 +178,28 @@ class Space:
         sources, _ = self.rows(c.source)
         targets, _ = self.rows(c.target)
         found = self.resharder.matrix(sources, targets, c.shape, ITEM_BYTES[c.dtype], c.reduce)
-        return _only_free(found) if self.narrow_first and self._narrows(c.target) else found
+        if self.narrow_first and self._narrows(c.target):
+            found = _only_free(found)
+        if self.narrow_first and self._widens(c.source):
+            found = _unreduced(found, sources)
+        return found
 
     def _narrows(self, target: Place) -> bool:
         """Whether an op only narrows what it reads there. Compilers do that before they move it."""
         if target.kind != "operand":
             return False
         op = self.flow.sites[target.op].op
-        before, after = (self.tensors[n].dtype for n in (op.ins[0], op.outs[0]))
-        return is_cast(op) and ITEM_BYTES[after] < ITEM_BYTES[before]
+        return is_cast(op) and self._item(op.outs[0]) < self._item(op.ins[0])
+
+    def _item(self, name: str) -> float:
+        return ITEM_BYTES[self.tensors[name].dtype]
+
+    def _widens(self, source: Place) -> bool:
+        """Whether an op only widens what it makes there. Compilers reduce sums before that."""
+        if source.kind != "result":
+            return False
+        op = self.flow.sites[source.op].op
+        return is_cast(op) and self._item(op.outs[0]) > self._item(op.ins[0])
 
     def _edges(self) -> list[tuple[Conversion, Array]]:
         found = []
@@ -417,6 +430,12 @@ def _only_free(seconds: Array) -> Array:
     """Nothing that takes time, where a source can do without."""
     free = seconds == 0.0
     return np.where(free | ~free.any(axis=1, keepdims=True), seconds, np.inf)
+
+
+def _unreduced(seconds: Array, sources: Sequence[Spec]) -> Array:
+    """Pending sums stay pending."""
+    pending = np.array([bool(s.partial) for s in sources])[:, None]
+    return np.where(pending & (seconds > 0.0), np.inf, seconds)
 
 
 def mesh_resharder(mesh: LogicalMesh, uneven: bool = False) -> Resharder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
 from given_choices import chosen
 from small_models import decoder
 
@@ -28,6 +29,57 @@ def test_programs_say_the_places_between() -> None:
     assert query.way[0] not in (query.made, Spec((("x",), ("y",), ())))
 
 
+def test_a_cotangent_passes_the_places_between() -> None:
+    """XLA gathered 108 GiB of a gradient over one axis that two all-to-alls would have moved (GPT-3
+    on data=256, model=2, extra=2)."""
+    large = decoder(8, positions=1024, width=1024, hidden=4096, optimizer="sgd")
+    result = price_annotations(large, MESH, {"layers.h": (("x",), ("y",), ())})
+    moved = chosen(result, **{"layers.w1.cast.grad": {"F": ("y", "x")}})
+    told = placement(moved).gradients["layers.h", "layers.w1.cast"]
+    lies = result.specs["layers.h.grad"]
+    assert (lies, told.cotangent[-1]) == (
+        Spec((("x",), ("y",), ())), Spec(((), (), ("y", "x"))),
+    )  # fmt: skip
+    assert [sorted(place.axes) for place in told.cotangent] == [["x", "y"]] * 2
+    source = result_program(moved)
+    assert 'P("x", None, "y"), P(None, None, ("y", "x"))' in source
+
+
+def test_sums_are_scattered_as_far_as_planned() -> None:
+    """XLA reduces a whole sum over axes that do not split where it is told to lie."""
+    result = price_annotations(decoder(8, optimizer="sgd"), MESH, {})
+    parted = chosen(
+        result,
+        **{
+            "layers.w1.cast.grad": {"B": ("x",), "S": ("y",)},
+            "layers.w1[i].grad": {"F": ("y",)},
+        },
+    )
+    way = placement(parted).gradients["layers.h", "layers.w1.cast"].way
+    assert [set(place.axes) for place in way] in ([], [{"x", "y"}])
+    assert way
+
+
+@pytest.mark.parametrize(("home", "moves"), [((("x",), ("y",)), 2), ((("x",), ()), 1)])
+def test_updates_elsewhere_are_written_by_places(
+    home: tuple[tuple[str, ...], ...], moves: int
+) -> None:
+    """XLA gathered a stack of weights, 54 GiB, to update it two all-to-alls away."""
+    large = decoder(8, width=512, hidden=1024, optimizer="adam")
+    result = price_annotations(large, MESH, {"layers.w1": home})
+    there = {"layers.w1.new": {"F": ("x", "y") if moves == 2 else ("x",)}}
+    place = placement(chosen(result, **there))
+    source = result_program(chosen(result, **there))
+    if moves == 1:
+        assert "layers.w1" not in place.updates
+        assert "moved_update" not in source
+        return
+    found = place.updates["layers.w1"]
+    assert len(found.parameter) == len(found.new) == 2
+    assert found.parameter[-1] == found.new[0] == Spec(((), (), ("x", "y")))
+    assert "moved_update(name, p, grads[name], states[name], mesh)" in source
+
+
 def test_what_a_recomputation_gathered_in_part_is_not_gathered_again() -> None:
     """The queries' weights were gathered twice there: once in part, once from where they came."""
     result = price_annotations(decoder(8, optimizer="sgd", remat="full"), MESH, {})
@@ -40,6 +92,5 @@ def test_what_a_recomputation_gathered_in_part_is_not_gathered_again() -> None:
     found = replace(found, specs={**found.specs, **lies})
     told = placement(found).gradients
     name = next(use for use in told if use[0] == "layers.q" and use[1] == "layers.ln")
-    assert told[name].through == in_part
-    assert told[name].other == Spec(((), (), ()))
+    assert told[name].other == (in_part, Spec(((), (), ())))
     assert '(P("y", None, None), P(None, None, None))' in result_program(found)
