@@ -59,7 +59,7 @@ class Gradient:
 @dataclass(frozen=True)
 class Update:
     """Places that a parameter and its gradient pass on their way to the update, the last of them
-    where it is made, and those that the new parameter passes, beginning there."""
+    where it is made, and those that the new parameter passes, beginning there. None: as it lies."""
 
     parameter: Sequence[Spec]
     gradient: Sequence[Spec]
@@ -77,7 +77,8 @@ class Placement:
     `barrier`: whether softmax's gradient is made of its result behind one.
     `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
     circular pipeline as its ticks read them, and where their gradients add up (None is open).
-    `updates`: parameters that lie elsewhere when they are updated, several collectives away."""
+    `updates`: parameters that lie several collectives away when they are updated, or whose
+    gradients lie elsewhere."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
@@ -142,6 +143,7 @@ def placement(result: Result) -> Placement:
 
 
 def _updates(result: Result, ways: _Ways) -> dict[str, Update]:
+    """Told nothing, XLA moves a gradient once for every moment of an optimizer."""
     found = {}
     order = [name for name, _ in result.mesh.axes]
     for op, _ in result.graph.walk():
@@ -149,14 +151,20 @@ def _updates(result: Result, ways: _Ways) -> dict[str, Update]:
         if op.phase != "update" or choice is None or len(op.ins) < 2:
             continue
         (parameter, gradient), new = op.ins[:2], op.outs[0]
-        home, made = result.specs.get(parameter), choice.result(op.rule, 0, order)
+        home, lies = (result.specs.get(name) for name in (parameter, gradient))
         if home is None or parameter not in result.model.graph.inputs:
             continue
         here, there = choice.operand(op.rule, 0), choice.operand(op.rule, 1)
+        made = choice.result(op.rule, 0, order)
         before, after = ways.between(parameter, home, here), ways.between(new, made, home)
-        given = _between(gradient, there, result, ways)
-        if before or after or given:
-            found[parameter] = Update((*before, here), (*given, there), (made, *after))
+        apart = bool(before or after)
+        open_ = lies is None or lies.partial or there.partial
+        path = () if lies is None or open_ else ways.path(gradient, lies, there)
+        given = [move.result for move in path] if any(m.kind not in FREE for m in path) else ()
+        if apart or given:
+            found[parameter] = Update(
+                (*before, here) if apart else (), given, (made, *after) if apart else ()
+            )
     return found
 
 
