@@ -29,6 +29,7 @@ def result_program(result: Result) -> str:
     model, pipeline, axes = result.model, result.model.pipeline, dict(result.mesh.axes)
     if pipeline is not None and not pipeline.inside:
         model = stacked(model, pipeline.axis, axes[pipeline.axis], pipeline.interleave)
+    _refuse_others(model)  # there is no placement of what has no program
     return jax_program(model, result.mesh, placement(result))
 
 
@@ -37,17 +38,7 @@ def jax_program(
 ) -> str:
     """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
     to the compiler (activations). `sides`: what makes the model a stage of a pipeline."""
-    if model.inference is not None:
-        raise ExportError(
-            f"{model.name} is planned for {model.inference.phase}: JAX programs are written for "
-            "training steps only; the annotations, those of the cache included, hold for inference"
-        )
-    if model.pipeline is not None:
-        raise ExportError(
-            f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "
-            "programs of their own, which one JAX program cannot hold; the nearest plan that is "
-            f"one program is made with {nearest_in_one_program(model.pipeline)}"
-        )
+    _refuse_others(model)
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place, sides)
     sums = {name: partition(spec) for name, spec in place.sums.items()}
@@ -66,7 +57,8 @@ def jax_program(
         tables.source(),
         _stacks_source(tables, model.members),
         _saved_source(writer),
-        _HELPERS.strip("\n").split("\n"),
+        *_held_source(place.held),
+        (_HELPERS.replace(*_HOLDING) if place.held else _HELPERS).strip("\n").split("\n"),
         *(
             _function(text, place.barrier) for names, text in _FUNCTIONS.items() if used & {*names}
         ),
@@ -77,10 +69,24 @@ def jax_program(
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
         *_moved_source(place.updates),
-        _step_source(graph, training, sides, bool(place.updates)),
+        _step_source(graph, training, sides, place),
         (_TAIL.replace(*_STAGE_RESULTS) if sides else _TAIL).strip("\n").split("\n"),
     ]  # fmt: skip
     return "\n\n\n".join("\n".join(part) for part in parts if part) + "\n"
+
+
+def _refuse_others(model: Model) -> None:
+    if model.inference is not None:
+        raise ExportError(
+            f"{model.name} is planned for {model.inference.phase}: JAX programs are written for "
+            "training steps only; the annotations, those of the cache included, hold for inference"
+        )
+    if model.pipeline is not None:
+        raise ExportError(
+            f"{model.name} is pipelined with schedule {model.pipeline.schedule}: its stages run "
+            "programs of their own, which one JAX program cannot hold; the nearest plan that is "
+            f"one program is made with {nearest_in_one_program(model.pipeline)}"
+        )
 
 
 def nearest_in_one_program(pipeline: Pipeline) -> str:
@@ -285,13 +291,23 @@ def _moved_source(updates: Mapping[str, Update]) -> Iterator[list[str]]:
     yield _MOVED.strip("\n").split("\n")
 
 
+def _held_source(held: Mapping[str, Sequence[Spec]]) -> Iterator[list[str]]:
+    """Where all microbatches read parameters that lie elsewhere."""
+    if held:
+        rows = {name: _way(specs) for name, specs in sorted(held.items())}
+        yield [
+            "# Parameters that all microbatches read elsewhere -> places that they pass before.",
+            *_table("HELD", rows),
+        ]
+
+
 def _way(specs: Sequence[Spec]) -> str:
     places = [partition(spec) for spec in specs]
     return f"({', '.join(places)}{',' if len(places) == 1 else ''})"
 
 
 def _step_source(
-    graph: Graph, training: Training, sides: Sides | None, moved: bool
+    graph: Graph, training: Training, sides: Sides | None, place: Placement
 ) -> Sequence[str]:
     steps = training.accumulation_steps
     if sides is not None:
@@ -299,7 +315,15 @@ def _step_source(
     else:
         text = _ONE_STEP if steps == 1 else _ACCUMULATED.replace("STEPS", str(steps))
         lines = text.strip("\n").split("\n")
-    return [line.replace(*_MOVING) for line in lines] if moved else lines
+    lines = [x for line in lines for x in _holding(line)] if place.held else lines
+    return [line.replace(*_MOVING) for line in lines] if place.updates else lines
+
+
+def _holding(line: str) -> list[str]:
+    """Microbatches read parameters where these are held."""
+    for given in ("(loss_fn)(params, ", "{**own, **given, **r}, mesh), params, "):
+        line = line.replace(given, given.replace("params", "read"))
+    return [*_HELD, "", line] if line.startswith("    def microbatch(") else [line]
 
 
 _STACKING = '''
@@ -612,6 +636,18 @@ _FUNCTIONS = {  # written if one of them is called
     ("chosen_round",): _ROUNDS, ("rotated",): _ROTATED,
 }  # fmt: skip
 
+_HOLDING = (
+    "    spec = ACTIVATIONS[where] if where in ACTIVATIONS else PARAMETERS[where][2]",
+    "    held = HELD[where][-1] if where in HELD else None\n"
+    "    spec = held or (ACTIVATIONS[where] if where in ACTIVATIONS else PARAMETERS[where][2])",
+)
+_HELD = (
+    "    read = dict(params)",
+    "    for name, places in HELD.items():",
+    "        for place in places:",
+    "            read[name] = annotate(read[name], place, mesh)",
+)
+
 _MOVING = (
     "update(name, p, grads[name], states[name])",
     "moved_update(name, p, grads[name], states[name], mesh)",
@@ -650,7 +686,8 @@ def train_step(params, states, batch, mesh=None):
         return jax.tree.map(lambda t, r: t + r.astype(t.dtype) / STEPS, total, result), None
 
     zeros = {
-        n: annotate(jnp.zeros(p.shape, jnp.float32), n, mesh) for n, p in params.items()
+        n: annotate(jnp.zeros(p.shape, jnp.float32), PARAMETERS[n][2], mesh)
+        for n, p in params.items()
     }
     (loss, grads), _ = lax.scan(microbatch, (jnp.zeros((), jnp.float32), zeros), batch)
     new = {name: update(name, p, grads[name], states[name]) for name, p in params.items()}

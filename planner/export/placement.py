@@ -18,6 +18,7 @@ from costmodels.program import ITEM_BYTES
 from planner.export.cotangents import Gradients
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Op, Tensor
+from planner.graph.derive import ACCUMULATE
 from planner.graph.recompute import AGAIN, SAVED
 from planner.lowering.halo import local_op
 from planner.lowering.slices import by_slices
@@ -78,7 +79,8 @@ class Placement:
     `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
     circular pipeline as its ticks read them, and where their gradients add up (None is open).
     `updates`: parameters that lie several collectives away when they are updated, or whose
-    gradients lie elsewhere."""
+    gradients lie elsewhere. `held`: parameters that all microbatches read elsewhere, and the places
+    that they pass before the first, the last of them where they are read."""
 
     tensors: Mapping[str, Spec]
     uses: Mapping[Use, Copy] = field(default_factory=dict)
@@ -91,10 +93,33 @@ class Placement:
     sliced: Collection[str] = ()
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
     updates: Mapping[str, Update] = field(default_factory=dict)
+    held: Mapping[str, Sequence[Spec]] = field(default_factory=dict)
 
 
 def placement(result: Result) -> Placement:
     """The plan's placement. What is saved for the backward pass lies as it is saved."""
+    held = _held(result, _Ways(result))
+    homes = {name: result.specs[name] for name in held}
+    found = _inside(replace(result, specs={**result.specs, **{n: w[-1] for n, w in held.items()}}))
+    return replace(
+        found, tensors={**found.tensors, **homes}, held=held,
+        updates=_updates(result, _Ways(result)),
+    )  # fmt: skip
+
+
+def _held(result: Result, ways: _Ways) -> dict[str, Sequence[Spec]]:
+    """Told nothing, XLA gathers such a parameter in every microbatch."""
+    found: dict[str, Sequence[Spec]] = {}
+    for loop in (loop for loop in result.graph.loops() if loop.name == ACCUMULATE):
+        for name in (n for n in loop.shared if ways.tensors[n].role == "parameter"):
+            home, read = result.specs[name], result.plan.homes.get(f"{name}@{loop.name}")
+            if read is not None and read != home:
+                found[name] = (*ways.between(name, home, read), read)
+    return found
+
+
+def _inside(result: Result) -> Placement:
+    """Within one microbatch."""
     specs = {**result.specs, **_as_saved(result)}
     ways = _Ways(result)
     made_at = Gradients(result)
@@ -138,7 +163,7 @@ def placement(result: Result) -> Placement:
     }  # fmt: skip
     return Placement(
         specs, uses, sums, gradients, together, first, apart, barrier=gpu,
-        sliced=_sliced(result), rounds=_rounds(result), updates=_updates(result, ways),
+        sliced=_sliced(result), rounds=_rounds(result),
     )  # fmt: skip
 
 
