@@ -271,12 +271,13 @@ def test_factored_moments() -> None:
 
 SHARDED = """
 import sys, jax, numpy as np
-exec(compile(open(sys.argv[1]).read(), "program.py", "exec"))
+source = open(sys.argv[1]).read()
+exec(compile(source, "program.py", "exec"))
 mesh = make_mesh()
 params, states = initialise(jax.random.key(0), mesh)
 batch = random_batch(jax.random.key(1), mesh)
 step = jax.jit(jax.value_and_grad(loss_fn), static_argnums=2)
-part = {name: x[0] if x.ndim > 2 else x for name, x in batch.items()}  # of several, if there are
+part = {name: x[0] for name, x in batch.items()} if "microbatch(" in source else batch
 loss, grads = step(params, part, mesh)
 alone = jax.device_get((params, part))
 expected, expected_grads = step(*alone, None)
