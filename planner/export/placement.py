@@ -60,7 +60,7 @@ class Gradient:
 @dataclass(frozen=True)
 class Update:
     """Places that a parameter and its gradient pass on their way to the update, the last of them
-    where it is made, and those that the new parameter passes, beginning there. None: as it lies."""
+    where it is made, and those that the new parameter passes from there on. Empty: as it lies."""
 
     parameter: Sequence[Spec]
     gradient: Sequence[Spec]
@@ -98,13 +98,14 @@ class Placement:
 
 def placement(result: Result) -> Placement:
     """The plan's placement. What is saved for the backward pass lies as it is saved."""
-    held = _held(result, _Ways(result))
+    ways = _Ways(result)
+    held = _held(result, ways)
     homes = {name: result.specs[name] for name in held}
-    found = _inside(replace(result, specs={**result.specs, **{n: w[-1] for n, w in held.items()}}))
+    read = {name: places[-1] for name, places in held.items()}
+    found = _inside(replace(result, specs={**result.specs, **read}), ways)
     return replace(
-        found, tensors={**found.tensors, **homes}, held=held,
-        updates=_updates(result, _Ways(result)),
-    )  # fmt: skip
+        found, tensors={**found.tensors, **homes}, held=held, updates=_updates(result, ways)
+    )
 
 
 def _held(result: Result, ways: _Ways) -> dict[str, Sequence[Spec]]:
@@ -118,10 +119,9 @@ def _held(result: Result, ways: _Ways) -> dict[str, Sequence[Spec]]:
     return found
 
 
-def _inside(result: Result) -> Placement:
+def _inside(result: Result, ways: _Ways) -> Placement:
     """Within one microbatch."""
     specs = {**result.specs, **_as_saved(result)}
-    ways = _Ways(result)
     made_at = Gradients(result)
     uses = _entries(result, specs, ways)
     sums: dict[str, Spec] = {}
@@ -325,9 +325,7 @@ def _apart(
     for op in looked_up:
         gradient, read = made_at.read_by(op.ins[0], op.ins[1])
         if read is not None and read != specs.get(op.outs[0]):
-            lies = specs.get(gradient, read)
-            way = () if lies.partial else ways.between(gradient, lies, read)
-            found[op.outs[0]] = (*way, read)
+            found[op.outs[0]] = (*_between(gradient, read, result, ways), read)
     return found
 
 

@@ -324,7 +324,7 @@ def test_gradients_made_as_planned_are_the_same(tmp_path: Path) -> None:
         },
         gradients={
             ("layers.h", "layers.w1.cast"): Gradient(
-                (Spec((("y",), (), ()), ()), Spec((("y",), (), ("x",)))), (Spec((("y",), (), ())),),
+                (Spec((("y",), (), ())), Spec((("y",), (), ("x",)))), (Spec((("y",), (), ())),),
                 Spec(((), ("x",))),
             ),
             ("logits", "table.cast"): Gradient(home=Spec(((), ("y",)))),
