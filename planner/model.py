@@ -28,7 +28,9 @@ STACKED = ("gpipe", "circular")  # schedules that one SPMD program of equal stag
 class Training:
     """How a step is trained. `batch` counts sequences (or images) per optimizer step, all
     `accumulation_steps` and `pipeline_microbatches` included; the forward graph is built for
-    one part. `fused_accumulation`: products add to the gradients of earlier parts themselves."""
+    one part. `fused_accumulation`: products add to the gradients of earlier parts themselves.
+    `reduce_once`: gradients may stay unreduced until the last part; None if the program can say
+    so, which of one XLA program is not so."""
 
     batch: int
     optimizer: str = "adamw"
@@ -38,6 +40,7 @@ class Training:
     master: bool = False
     gradients: str = "f32"
     fused_accumulation: bool = False
+    reduce_once: bool | None = None
     remat: Remat = "full"
     accumulation_steps: int = 1
     pipeline_microbatches: int = 1

@@ -36,7 +36,7 @@ from planner.graph.flops import count_flops
 from planner.ilp import Look, Outcome, Problem, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
-from planner.model import RECOMPUTES_ALL, Inference, Model
+from planner.model import RECOMPUTES_ALL, Inference, Model, Training
 from planner.pins import (
     Annotation,
     Meaning,
@@ -281,7 +281,15 @@ class Planning:
         return self.mesh.chip.family == "tpu"
 
     def laid_out(self) -> Flow:
-        return build_flow(self.graph, self.pins(), uneven=self.model.uneven)
+        return build_flow(
+            self.graph, self.pins(), uneven=self.model.uneven, reduce_once=self.reduces_once()
+        )
+
+    def reduces_once(self) -> bool:
+        """Whether gradients may stay unreduced until the last part of the batch. Unasked, no: XLA
+        reduces what a loop adds up in every iteration."""
+        work = self.model.workload
+        return isinstance(work, Training) and bool(work.reduce_once)
 
     def pins(self) -> dict[str, Spec]:
         pins = self.specs_of(self.annotation)

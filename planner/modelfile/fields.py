@@ -126,6 +126,11 @@ class TrainingFields(_Strict):
         Training.fused_accumulation,
         description="products add to the gradients of earlier parts, without a pass of its own",
     )
+    reduce_once: bool | None = Field(
+        None,
+        description="gradients may stay unreduced until the last part; left out: if the pipeline's "
+        "stages have programs of their own",
+    )
     remat: Literal[REMAT_POLICIES] = Field(  # type: ignore[valid-type]
         "full", description="what is recomputed in the backward pass; auto: what is fastest"
     )

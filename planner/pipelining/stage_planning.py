@@ -72,11 +72,16 @@ class StagePlanning(Planning):
                 pins.update(dict.fromkeys(names, self.crossing[key]))
         alike = {names[0]: names[1] for names in self.edges.values() if len(names) > 1}
         flow = build_flow(
-            self.graph, pins, alike if self.settling else None, self.model.uneven
-        )
+            self.graph, pins, alike if self.settling else None, self.model.uneven,
+            self.reduces_once(),
+        )  # fmt: skip
         self._even_crossing(flow)
         self._count_copies(flow)
         return flow
+
+    def reduces_once(self) -> bool:
+        """Unasked, yes: what runs the stages calls their programs part by part."""
+        return self.model.training.reduce_once is not False
 
     @cached_property
     def edges(self) -> dict[Crossing, list[str]]:

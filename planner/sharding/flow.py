@@ -108,17 +108,18 @@ class Flow:
 
 def build_flow(
     graph: Graph, pins: Mapping[str, Spec], alike: Mapping[str, str] | None = None,
-    uneven: bool = False,
+    uneven: bool = False, reduce_once: bool = True,
 ) -> Flow:  # fmt: skip
     """The flow of a training-step graph; tensors in `pins` always get a home of that spec.
 
     `alike`: tensors that share the home of an input, so that they lie like it. Such a flow is to
     be solved, not lowered. `uneven`: dimensions may be split that do not divide, except where the
-    step receives or returns a tensor, which JAX refuses.
+    step receives or returns a tensor, which JAX refuses. `reduce_once`: what is added up over parts
+    of the batch may stay unreduced until the last one.
     """
     flow = Flow(graph, uneven=uneven)
     flow.steps = _number(flow, graph.nodes, 0, 1)
-    builder = _FlowBuilder(flow, pins, alike or {})
+    builder = _FlowBuilder(flow, pins, alike or {}, reduce_once)
     builder.outermost()
     return flow
 
@@ -182,11 +183,12 @@ class _FlowBuilder:
     """Walks scopes outside in; see the module docstring for what it makes."""
 
     def __init__(
-        self, flow: Flow, pins: Mapping[str, Spec], alike: Mapping[str, str]
+        self, flow: Flow, pins: Mapping[str, Spec], alike: Mapping[str, str], reduce_once: bool
     ) -> None:
         self.flow = flow
         self.pins = pins
         self.alike = alike
+        self.reduce_once = reduce_once
         self.tensors = flow.graph.all_tensors()
         self.held: set[int] = set()  # homes whose memory a conversion already accounts for
 
@@ -283,8 +285,7 @@ class _FlowBuilder:
         return home
 
     def _may_stay_partial(self, home: Home, accumulated: bool) -> None:
-        """What is added up over parts of the batch needs to be reduced only once, at the end."""
-        home.partial = accumulated and home.pin is None
+        home.partial = self.reduce_once and accumulated and home.pin is None
 
     def _body(self, outer: _Scope, loop: Loop) -> None:
         site = self.flow.loops[loop.name]

@@ -21,7 +21,7 @@ from costmodels.program import ITEM_BYTES
 from meshes import LogicalMesh, Topology
 from planner import zoo
 from planner.errors import InputError
-from planner.model import Model
+from planner.model import Model, Training
 from planner.modelfile import ModelErrors, load_model, render
 from planner.planning import Infeasible, Options, plan_model, price_annotations
 from planner.result import Result
@@ -57,8 +57,18 @@ def simulate_run(run: Run) -> Result:
     unknown = run.layout.axes - set(dict(mesh.axes))
     if unknown:
         raise InputError(f"{run.id}: the mesh has no axis {sorted(unknown)[0]!r}")
+    model = _as_written(model)
     laid = lay(model, run.layout, dict(mesh.axes))
     return price_annotations(model, mesh, laid.annotation, as_laid=laid.as_laid)
+
+
+def _as_written(model: Model) -> Model:
+    """The model of a program whose layout was written by hand: unless its run says otherwise,
+    gradients are reduced after the last part of the batch."""
+    work = model.workload
+    if not isinstance(work, Training) or work.reduce_once is not None:
+        return model
+    return replace(model, workload=replace(work, reduce_once=True))
 
 
 def _planned(model: Model, mesh: LogicalMesh) -> Result:

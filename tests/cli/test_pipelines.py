@@ -44,6 +44,19 @@ def test_a_stored_plan_is_priced_the_same(
         assert repriced[key] == found[key]
 
 
+@pytest.mark.parametrize(("asked", "each"), [((), False), (("reduce_once=false",), True)])
+def test_stages_reduce_gradients_once_unless_asked_for_every_part(
+    asked: tuple[str, ...], each: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.yaml"
+    path.write_text(MODEL.replace("SCHEDULE", "1f1b"), encoding="utf-8")
+    options = [part for a in asked for part in ("--set", f"training.{a}")]
+    found = json.loads(plan(capsys, path, *options, "--format", "json").out)
+    reduced = [c["count"] for c in found["collectives"] if c["kind"] == "reduce-scatter"]
+    assert reduced
+    assert all((count % 8 == 0) is each for count in reduced)
+
+
 def test_annotations_come_back(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

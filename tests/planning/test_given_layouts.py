@@ -17,7 +17,7 @@ from planner.source import find
 
 DATA, MODEL = ("data",), ("model",)
 TEXT = """
-training: {batch: B, optimizer: adam, accumulation_steps: 4}
+training: {batch: B, optimizer: adam, accumulation_steps: 4, reduce_once: true}
 graph:
   inputs: {x: "f32[B, D]", y: "f32[B, D]"}
   params: {w_in: "[D, F]", w_out: "[F, D]"}
@@ -50,6 +50,20 @@ def test_gradients_are_added_up_before_they_are_reduced() -> None:
     assert over_data == [("all-reduce", half_of_a_weight, 1)] * 2
     over_model = [r for r in collectives(given.program, given.mesh) if r.axes == MODEL]
     assert [(r.kind, r.count, r.tensor) for r in over_model] == [("all-reduce", 4, "z")]
+
+
+def test_unasked_gradients_are_reduced_in_every_part() -> None:
+    """One XLA program reduces what a loop adds up in every iteration: here into sums that lie
+    scattered, which are gathered for the update."""
+    text = TEXT.replace(", reduce_once: true", "")
+    given = price_annotations(load_model(text, "mlp"), mesh(4, 2), LAYOUT, as_laid=LAYOUT)
+    counts = {
+        (row.kind, row.count)
+        for row in collectives(given.program, given.mesh)
+        if row.axes == DATA and row.bytes > 4
+    }
+    assert counts == {("reduce-scatter", 4), ("all-gather", 1)}
+    assert not any(spec.partial for spec in given.plan.homes.values())
 
 
 def test_operands_are_read_as_they_lie() -> None:
