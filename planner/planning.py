@@ -17,8 +17,11 @@ from collections.abc import (
 )
 from dataclasses import dataclass, field, replace
 from functools import cached_property, reduce
-from math import inf, sqrt
+from math import inf, prod, sqrt
 from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 import meshes
 from costmodels.early import sums_at_once
@@ -26,7 +29,8 @@ from costmodels.exposure import Moved, exposed_shares
 from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
 from costmodels.narrowing import narrow_stacks
-from costmodels.program import Program
+from costmodels.program import ITEM_BYTES, Program
+from costmodels.retiling import retile_gathered
 from costmodels.simulate import Timing, simulate
 from costmodels.tiling import tile_convolutions
 from meshes import LogicalMesh
@@ -51,7 +55,7 @@ from planner.plan import Plan, Proof
 from planner.progress import Progress
 from planner.report import amounts
 from planner.result import Result
-from planner.sharding.flow import Flow, build_flow
+from planner.sharding.flow import Flow, Home, build_flow
 from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_resharder
 from planner.sharding.reshard import Resharder
 from planner.sharding.spec import Spec
@@ -79,6 +83,7 @@ WORK_LIMIT = 30  # branch-and-bound nodes of one solve: the same answer on every
 ENOUGH_GAP = 0.001  # differences of simulated times below this are noise
 LOOSE_GAP = 0.01  # where the surrogate is rough, or constraints for memory are still to come
 SOLVE_SHARE = 0.5  # of the time left that one solve may take: others may have to follow
+TIE_SHARE = 1e-3  # of the time in which memory is read: what holding it counts, to settle ties
 LAST_SHARE = 0.1  # of the time limit that is too short for another solve
 MEMORY_ROUNDS = 40  # additions of memory constraints before giving up
 LEAST_MEMORY_ROUNDS = 6  # limits tried between what is proven too little and what is enough
@@ -316,9 +321,18 @@ class Planning:
             narrow_first=not rigid,
         )  # fmt: skip
 
-    def home_seconds(self) -> HomeSeconds | None:
-        """What homes cost by themselves: nothing."""
-        return None
+    def home_seconds(self) -> HomeSeconds:
+        """What homes cost by themselves: so little that of equal plans the one wins that holds
+        less."""
+        sizes, rate = dict(self.mesh.axes), self.mesh.chip.hbm_bytes_per_s
+
+        def seconds(home: Home, specs: Sequence[Spec]) -> NDArray[np.float64]:
+            if not home.live:
+                return np.zeros(len(specs))
+            size = np.array([prod(s.local_shape(home.shape, sizes)) for s in specs], dtype=float)
+            return TIE_SHARE / rate * ITEM_BYTES[home.dtype] * size
+
+        return seconds
 
     def check_time(self, needed_s: float = 0.0) -> None:
         if self.clock.left() <= needed_s:
@@ -643,7 +657,8 @@ class Planning:
     def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
-            program = tile_convolutions(copy_gathered(narrow_stacks(program)))
+            program = copy_gathered(narrow_stacks(program))
+            program = tile_convolutions(retile_gathered(program, self.mesh))
         elif self.mesh.chip.family == "gpu":
             program = sums_at_once(program)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))

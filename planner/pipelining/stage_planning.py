@@ -18,6 +18,7 @@ from costmodels.narrowing import narrow_stacks
 from costmodels.pipeline import StageProgram
 from costmodels.pipeline_memory import StageMemory, read_alike
 from costmodels.program import ITEM_BYTES
+from costmodels.retiling import retile_gathered
 from costmodels.schedule import BACKWARD, FORWARD
 from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
@@ -101,18 +102,19 @@ class StagePlanning(Planning):
         return found
 
     def home_seconds(self) -> HomeSeconds:
-        """What crosses costs by how it lies."""
+        """What crosses costs by how it lies, too."""
+        held = super().home_seconds()
         crossing = {name: phase for (phase, _), names in self.edges.items() for name in names}
 
         def seconds(home: Home, specs: Sequence[Spec]) -> NDArray[np.float64]:
             phase = crossing.get(home.tensor)
             if phase is None or self.whole is None:
-                return np.zeros(len(specs))
+                return held(home, specs)
             times, sizes = (1 if phase == UPDATE else home.shape[0]), dict(self.mesh.axes)
             item = ITEM_BYTES[home.dtype]
             size = [prod(s.local_shape(home.shape, sizes)) // times * item for s in specs]
             each = collective_seconds(self.whole, "collective-permute", (self.axis,), size)
-            return times * np.asarray(each)
+            return held(home, specs) + times * np.asarray(each)
 
         return seconds
 
@@ -162,7 +164,7 @@ class StagePlanning(Planning):
     def stage(self, plan: Plan) -> StageProgram:
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
-            program = narrow_stacks(program)
+            program = retile_gathered(narrow_stacks(program), self.mesh)
         return stage_program(program, self.graph, self.own)
 
     def _timed(self, stage: StageProgram) -> Timing:

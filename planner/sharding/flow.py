@@ -114,8 +114,9 @@ def build_flow(
 
     `alike`: tensors that share the home of an input, so that they lie like it. Such a flow is to
     be solved, not lowered. `uneven`: dimensions may be split that do not divide, except where the
-    step receives or returns a tensor, which JAX refuses. `reduce_once`: what is added up over parts
-    of the batch may stay unreduced until the last one.
+    step receives or returns a tensor, which JAX refuses. `reduce_once`: sums may
+    wait, those over parts of the batch until the last one, others while a loop runs; else they
+    are reduced before.
     """
     flow = Flow(graph, uneven=uneven)
     flow.steps = _number(flow, graph.nodes, 0, 1)
@@ -380,7 +381,8 @@ class _FlowBuilder:
         site = self.flow.sites[source.op]
         start = site.step
         stack = any(u.kind == "read" for u in uses)
-        if len(uses) == 1 and not stack and name not in self.pins:
+        waits = not self.reduce_once and self._outlives_a_loop(start, uses)
+        if len(uses) == 1 and not stack and not waits and name not in self.pins:
             use = uses[0]
             stop = max(use.at + 1, scope.ends.get(name, 0))
             summed = (
@@ -402,7 +404,7 @@ class _FlowBuilder:
             home = self.home(name, stacked=self._stack_depth(name))
         else:
             # A maximum is not a sum: its partial results are combined where they arise.
-            partial = site.op.rule.combiner == "sum" and name not in self.pins
+            partial = site.op.rule.combiner == "sum" and not waits and name not in self.pins
             home = self.new_home(name, t.shape, t.dtype, 0, partial, ROLE_CATEGORIES[t.role])
             self.flow.home_of[name] = (home.id, 0)
         place = Place("home", home=home.id)
@@ -412,6 +414,10 @@ class _FlowBuilder:
         )  # fmt: skip
         self.flow.conversions.append(stored)
         self._fan_out(scope, name, place, uses, start)
+
+    def _outlives_a_loop(self, start: int, uses: Sequence[_Use]) -> bool:
+        last = max((u.at for u in uses), default=start)
+        return any(start < loop.enter < last for loop in self.flow.loops.values())
 
     def _connect_home(self, scope: _Scope, name: str, source: Place, uses: list[_Use]) -> None:
         start = scope.start

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
 
 import numpy as np
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from costmodels.collectives import collective_seconds
 from costmodels.pricing import many_kernel_seconds, prices
 from costmodels.program import ITEM_BYTES
+from costmodels.retiling import retiling_seconds
 from meshes import LogicalMesh
 from planner.graph.builder import is_cast
 from planner.graph.core import Op, Tensor
@@ -439,10 +440,11 @@ def _unreduced(seconds: Array, sources: Sequence[Spec]) -> Array:
 
 
 def mesh_resharder(mesh: LogicalMesh, uneven: bool = False) -> Resharder:
-    """Reshardings priced on the links of `mesh`."""
+    """Reshardings priced on the links of `mesh`, and by what its chips copy for them."""
     return Resharder(
-        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size), uneven
-    )
+        dict(mesh.axes), lambda kind, axes, size: collective_seconds(mesh, kind, axes, size),
+        uneven, partial(retiling_seconds, mesh) if mesh.chip.family == "tpu" else None,
+    )  # fmt: skip
 
 
 def choice_seconds(

@@ -31,6 +31,8 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 # Prices a move: (kind, axes, payload bytes of many moves) → seconds of each.
 Pricer = Callable[[str, tuple[str, ...], Floats], Any]
+# Prices what follows gathers: (rank, dimension, axes, width of shards, payload bytes) → seconds.
+Copier = Callable[[int, int, tuple[str, ...], Ints, Floats], Any]
 
 FREE = ("slice", "mask")
 MOVE_EPSILON_S = 1e-15  # a free move still counts, so that paths have no pointless ones
@@ -287,11 +289,13 @@ class Distances:
 
 @dataclass
 class Resharder:
-    """Finds and prices paths on one mesh; `uneven`: also of tensors that do not divide."""
+    """Finds and prices paths on one mesh; `uneven`: also of tensors that do not divide. `copy`:
+    what copying costs that follows some gathers."""
 
     sizes: Sizes
     price: Pricer
     uneven: bool = False
+    copy: Copier | None = None
 
     def __post_init__(self) -> None:
         # Axes of size 1 split nothing.
@@ -299,6 +303,7 @@ class Resharder:
         self._graphs: dict[int, SpecGraph] = {}
         self._distances: dict[tuple[Any, ...], Distances] = {}
         self._fits: dict[tuple[int, ...], NDArray[np.bool_]] = {}
+        self._copying: dict[tuple[tuple[int, ...], int], Floats] = {}
 
     def matrix(
         self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
@@ -339,15 +344,19 @@ class Resharder:
         self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
         itemsize: int,
     ) -> Floats:  # fmt: skip
-        """Of the buffers between source and result of every path; 0 where there is no path."""
+        """Of the buffers between source and result of every path, with what is copied after it
+        was gathered; 0 where there is no path."""
         graph, distances = self._of(shape, itemsize)
         local = graph.local_elements(shape) * itemsize
+        copied = (self.copying(graph, shape, itemsize) > 0) * graph.payloads(shape) * itemsize
+        copied = np.append(copied, 0.0)
         columns = [graph.number[t] for t in targets]
         found = np.zeros((len(sources), len(targets)))
         for i, spec in enumerate(sources):
             source = graph.number[spec]
-            before = np.append(graph.arrays[0], source)[distances.last(source)]
-            buffer = np.where(before != source, local[before], 0.0)
+            last = distances.last(source)
+            before = np.append(graph.arrays[0], source)[last]
+            buffer = np.where(before != source, local[before], 0.0) + copied[last]
             total, at = buffer, before
             while (at != source).any():  # as often as the longest path has moves
                 total, at = total + buffer[at], before[at]
@@ -375,6 +384,9 @@ class Resharder:
             )
         fits = self._fits[shape]
         key: tuple[Any, ...] = (rank, prod(shape) * itemsize, fits.tobytes())
+        copying = self.copying(graph, shape, itemsize)
+        if copying.any():
+            key = (*key, copying.tobytes())
         if self.uneven and (np.array(shape, dtype=np.int64) % graph.parts[fits]).any():
             key = (shape, itemsize)
         if key not in self._distances:
@@ -383,6 +395,24 @@ class Resharder:
                 graph, self._weights(graph, shape, itemsize, fits), graph.barred(padded)
             )
         return graph, self._distances[key]
+
+    def copying(self, graph: SpecGraph, shape: tuple[int, ...], itemsize: int) -> Floats:
+        """Of every move of such a tensor the seconds of copying what was gathered."""
+        if (shape, itemsize) not in self._copying:
+            self._copying[shape, itemsize] = self._copies(graph, shape, itemsize)
+        return self._copying[shape, itemsize]
+
+    def _copies(self, graph: SpecGraph, shape: tuple[int, ...], itemsize: int) -> Floats:
+        found = np.zeros(len(graph.moves))
+        if self.copy is None:
+            return found
+        size, sources, dims = graph.payloads(shape) * itemsize, graph.arrays[0], graph.ends[0]
+        for (kind, axes), edges in graph.alike.items():
+            for dim in range(graph.rank) if kind == "all-gather" else ():
+                along = edges[dims[edges] == dim]
+                width = -(-shape[dim] // graph.parts[sources[along], dim])
+                found[along] = self.copy(graph.rank, dim, axes, width, size[along])
+        return found
 
     def _weights(
         self, graph: SpecGraph, shape: tuple[int, ...], itemsize: int, fits: NDArray[np.bool_]
@@ -393,6 +423,7 @@ class Resharder:
         for (kind, axes), edges in graph.alike.items():
             if kind not in FREE:
                 weights[edges] += self.price(kind, axes, payload_bytes[edges])
+        weights += self.copying(graph, shape, itemsize)
         weights[~(fits[u] & fits[v])] = np.inf
         if self.uneven:
             weights[~graph.aligned(shape)] = np.inf

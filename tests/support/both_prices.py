@@ -10,6 +10,7 @@ from costmodels.gathered import copy_gathered
 from costmodels.memory import read_memory
 from costmodels.pricing import instruction_seconds
 from costmodels.program import Program
+from costmodels.retiling import retile_gathered
 from planner.ilp import Problem
 from planner.lowering.lower import lower
 from planner.plan import Plan
@@ -25,7 +26,7 @@ class Price:
 def lowered_price(space: Space, plan: Plan) -> Price:
     program = lower(space.flow, plan, space.resharder)
     if space.mesh.chip.family == "tpu":
-        program = copy_gathered(program)
+        program = retile_gathered(copy_gathered(program), space.mesh)
     return Price(serial_seconds(space, program), np.array(read_memory(program).profile, float))
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import inf, isinf, prod
 
 import numpy as np
@@ -21,6 +22,7 @@ from costmodels.gathered import copy_gathered
 from costmodels.memory import read_memory
 from costmodels.pricing import instruction_seconds, kernel_seconds
 from costmodels.program import ITEM_BYTES
+from costmodels.retiling import retile_gathered, retiling_seconds
 from meshes import LogicalMesh
 from planner.lowering.lower import lower
 from planner.lowering.lower_op import lower_op
@@ -56,8 +58,8 @@ class BruteForce:
         self.sizes = dict(mesh.axes)
         self.resharder = Resharder(
             self.sizes, lambda kind, axes, size: collective_seconds(mesh, kind, axes, size),
-            flow.uneven,
-        )
+            flow.uneven, partial(retiling_seconds, mesh),
+        )  # fmt: skip
         self.tensors = flow.graph.all_tensors()
         self.nodes = self._ordered()
         self.own = self._tables()
@@ -110,7 +112,7 @@ class BruteForce:
         plan = self.drawer.plan(chosen)
         program = lower(self.flow, plan, self.resharder)
         if self.mesh.chip.family == "tpu":
-            program = copy_gathered(program)
+            program = retile_gathered(copy_gathered(program), self.mesh)
         whole = sum(n * instruction_seconds(self.mesh, i) for i, n in program.instructions())
         assert abs(whole - seconds) <= SLACK * whole
         return Leaf(plan, whole, read_memory(program).peak_bytes)
