@@ -10,7 +10,7 @@ copies nothing, and neither does what XLA carries out as a sum of slices among z
 and those over all of a three-dimensional torus.
 
 How often the array moves through memory is what libtpu 0.0.52 estimates on v2, v3 and v4, within a
-fifth for most matrices (`benchmarks/tpu_gathers.py`); v5e and later take two to three times as long.
+fifth for most matrices (`benchmarks/tpu_gathers.py`); v5e and later need two to three times that.
 """
 
 from __future__ import annotations
