@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from costmodels.schedule import BACKWARD, FORWARD
 from planner.export.jax_ops import ExportError
+from planner.export.jax_sources import filled
 from planner.graph.core import Graph, Tensor
 from planner.graph.derive import Boundary, given_gradient, received_cotangent, sent_parts
 from planner.graph.saving import saved_in
@@ -94,8 +95,8 @@ def stage_outputs(graph: Graph, edge: Boundary) -> tuple[list[str], list[str]]:
     return [n for n in made if n in through], [n for n in made if n not in through]
 
 
-def step_source(sides: Sides, steps: int, dtype: str, loss: str) -> list[str]:
-    """Names that cross, and the step."""
+def step_source(sides: Sides, loss: str, values: Mapping[str, str]) -> list[str]:
+    """Names that cross, and the step (`values`: see `jax_sources`)."""
     edge = sides.boundary
     behind = {
         name: received_cotangent(name) for name in edge.sent if name in edge.differentiable
@@ -105,7 +106,6 @@ def step_source(sides: Sides, steps: int, dtype: str, loss: str) -> list[str]:
         name: (result, tuple(given_gradient(name, giver) for giver in edge.shared[name]))
         for name, result in sides.shared.items()
     }
-    text = _STEP.replace("STEPS", str(steps)).replace("GRADIENTS", dtype)
     names = [
         "# Zeros, one for each microbatch; what XLA does not know.",
         f"ZEROS = '{ZEROS}'",
@@ -116,16 +116,16 @@ def step_source(sides: Sides, steps: int, dtype: str, loss: str) -> list[str]:
         f"SHARED = {shared}",
         f"LOSS = {(loss,) if edge.loss else ()}",
     ]
-    return [*(line.replace("'", '"') for line in names), "", "", *text.strip("\n").split("\n")]
+    return [*(line.replace("'", '"') for line in names), "", "", *filled(_STEP, values)]
 
 
 _STEP = '''
 def train_step(params, states, batch, mesh=None):
-    """One optimizer step over STEPS microbatches: -> (results, new params, new states)."""
+    """One optimizer step over $steps microbatches: -> (results, new params, new states)."""
     crossing = {name: batch[name] for name in (*RECEIVED, *BEHIND.values())}
     taken = {name for _, names in SHARED.values() for name in names}
     data = {n: x for n, x in batch.items() if n not in {*crossing, *taken, ZEROS}}
-
+$held
     def microbatch(carry, part):
         (losses, sums), _ = carry
         zero, own = part
@@ -133,7 +133,7 @@ def train_step(params, states, batch, mesh=None):
         given = {n: jnp.where(zero == 0, x, jnp.zeros_like(x)) for n, x in crossing.items()}
         ins = {name: given[name] for name in RETURNED}
         made, back, rest = jax.vjp(
-            lambda p, r: loss_fn(p, {**own, **given, **r}, mesh), params, ins, has_aux=True
+            lambda p, r: loss_fn(p, {**own, **given, **r}, mesh), $read, ins, has_aux=True
         )
         grads, returned = back(
             {n: given[BEHIND[n]] if n in BEHIND else jnp.ones_like(x) for n, x in made.items()}
@@ -142,13 +142,13 @@ def train_step(params, states, batch, mesh=None):
         found |= {RETURNED[n]: g for n, g in returned.items()}
         found = {n: annotate(x, RESULTS[n][2], mesh) for n, x in found.items()}
         total = jax.tree.map(
-            lambda t, r: t + r.astype(t.dtype) / STEPS,
+            lambda t, r: t + r.astype(t.dtype) / $steps,
             (losses, sums), ({n: made[n] for n in LOSS}, grads),
         )
         return (total, found), None
 
     losses = {n: jnp.zeros((), jnp.float32) for n in LOSS}
-    sums = {n: annotate(jnp.zeros(p.shape, GRADIENTS), n, mesh) for n, p in params.items()}
+    sums = {n: annotate(jnp.zeros(p.shape, $gradients), n, mesh) for n, p in params.items()}
     room = {
         n: annotate(jnp.zeros(*RESULTS[n][:2]), RESULTS[n][2], mesh)
         for n in (*SENT.values(), *RETURNED.values())
@@ -159,7 +159,7 @@ def train_step(params, states, batch, mesh=None):
     for name, (own, others) in SHARED.items():
         found[own] = grads[name]
         grads[name] = sum((batch[other] for other in others), grads[name])
-    new = {name: update(name, p, grads[name], states[name]) for name, p in params.items()}
+    new = {name: $update for name, p in params.items()}
     losses |= found
     return losses, {n: p for n, (p, _) in new.items()}, {n: s for n, (_, s) in new.items()}
 '''

@@ -359,8 +359,15 @@ def test_parameters_held_for_all_microbatches_are_the_same(tmp_path: Path) -> No
     model = f32(support.transformer(optimizer="momentum", accumulation_steps=2))
     source = jax_program(model, MESH, place)
     assert "jax.value_and_grad(loss_fn)(read, part, mesh)" in source
-    assert source.index("read = dict(params)") < source.index("def microbatch")
+    assert source.index("read = {") < source.index("def microbatch")
     run_sharded(source, tmp_path)
+
+
+@pytest.mark.parametrize(("dtype", "written"), [("f32", "float32"), ("bf16", "bfloat16")])
+def test_gradients_add_up_in_their_type(dtype: str, written: str) -> None:
+    model = support.transformer(optimizer="momentum", accumulation_steps=2, gradients=dtype)
+    source = jax_program(model, MESH, Placement({}))
+    assert f"annotate(jnp.zeros(p.shape, jnp.{written}), PARAMETERS[n][2], mesh)" in source
 
 
 def test_copies_and_gradients_that_lie_apart_are_the_same(tmp_path: Path) -> None:
