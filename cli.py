@@ -238,7 +238,7 @@ def check(
     from planner.report import findings
     from planner.report.console import Screen
     from planner.request import plan
-    from planner.verify import compile_result
+    from planner.verify import compile_parts
 
     if python and not compiled:
         raise click.UsageError("--python is for --compiled")
@@ -247,7 +247,7 @@ def check(
     screen = Screen(quiet, color)
     before = planfile.load(baseline) if baseline else None
     limits = Limits(max_step_time, min_utilization, before, tolerance)
-    compiler = partial(compile_result, python=python) if compiled else None
+    compiler = partial(compile_parts, python=python) if compiled else None
     checks = []
     for model in models:
         request = _request(model=model, **rest)

@@ -6,8 +6,9 @@ prediction, or by a compiler if one is given.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any
 
 from planner.errors import InputError
@@ -18,7 +19,8 @@ from planner.request import Planned
 from planner.result import Result
 from planner.verify.compile import Compiled
 
-Compiler = Callable[[Result], Compiled]
+# The compiler's word on every program, and bytes to add to its peak.
+Compiler = Callable[[Result], Iterable[tuple[Compiled, int]]]
 
 
 @dataclass(frozen=True)
@@ -106,15 +108,26 @@ def _memory(planned: Planned) -> Finding:
 
 
 def _compiled(result: Result, compiler: Compiler) -> Finding:
-    """The compiler's verdict: no headroom, because nothing is predicted."""
-    compiled, limit = compiler(result), result.limit_bytes
-    peak, predicted = compiled.peak_bytes, amounts.size(result.memory.peak_bytes)
-    fits = compiled.status == "compiled" and peak is not None and peak <= limit
-    least = "" if compiled.status == "compiled" else "at least "
+    """The compiler's verdict: no headroom, because nothing is predicted but what waits for other
+    stages of a pipeline."""
+    parts, limit = list(compiler(result)), result.limit_bytes
+    compiled, added = max(parts, key=_needed)
+    whole = all(c.status == "compiled" for c, _ in parts)
+    peak = None if compiled.peak_bytes is None else compiled.peak_bytes + added
+    fits = whole and peak is not None and peak <= limit
+    least = "" if whole else "at least "
     needed = "more than there is" if peak is None else f"{least}{amounts.size(peak)}"
     text = f"{'fits' if fits else 'does not fit'}: {needed} of {amounts.size(limit)} per device "
-    text += f"by the {compiled.backend} compiler, {predicted} predicted"
+    text += f"by the {compiled.backend} compiler"
+    text += f" with {amounts.size(added)} of microbatches in flight" if added else ""
+    text += f", {amounts.size(result.memory.peak_bytes)} predicted"
     return Finding("memory", fits, text, None if peak is None else float(peak), float(limit))
+
+
+def _needed(part: tuple[Compiled, int]) -> float:
+    """Bytes; most where the compiler ran out of memory without a figure."""
+    compiled, added = part
+    return inf if compiled.peak_bytes is None else compiled.peak_bytes + added
 
 
 def _regression(

@@ -9,6 +9,8 @@ compiler in a process of its own, `hlo` and `hlo_reading` read what came out, `c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from costmodels.pipeline import PipelineProgram
 from planner.export.jax_ops import ExportError
 from planner.export.jax_program import result_program
@@ -80,14 +82,27 @@ def compile_result(
     result: Result, backend: str | None = None, python: str | None = None,
     timeout_s: float = DEFAULT_TIMEOUT_S,
 ) -> Compiled:  # fmt: skip
-    """Only the compiler's word, for memory verdicts."""
+    """Only the compiler's word."""
     goal = backend or backend_of(result.mesh)
     return compile_program(result_program(result), result.mesh, goal, python, timeout_s)
 
 
+def compile_parts(result: Result, python: str | None = None) -> Iterator[tuple[Compiled, int]]:
+    """For memory verdicts: the compiler's word on a plan's program, or on every kind of stage
+    with a program of its own, and what the schedule adds to its peak (`Alone.held_bytes`)."""
+    if not isinstance(result.program, PipelineProgram):
+        yield compile_result(result, python=python), 0
+        return
+    goal = backend_of(result.mesh)
+    for alone in stages_alone(result):
+        found = compile_program(alone.source, alone.result.mesh, goal, python)
+        yield found, alone.held_bytes
+
+
 __all__ = [
     "BACKENDS", "BackendError", "Compiled", "ExportError", "Recovered", "Thresholds",
-    "Verification", "VerifiedStages", "compare_compiled", "compile_result", "document", "recovered",
+    "Verification", "VerifiedStages", "compare_compiled", "compile_parts",
+    "compile_result", "document", "recovered",
     "recovered_document", "recovered_text", "stages_document", "stages_text", "text", "verify",
     "verify_stages",
 ]  # fmt: skip

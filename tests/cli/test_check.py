@@ -8,7 +8,11 @@ from cli_support import TINY, plan
 
 from planner import verify
 from planner.export import planfile
+from planner.request import Request
+from planner.request import plan as plan_request
+from planner.source import find
 from planner.verify import BackendError, Compiled
+from planner.verify.stages import stages_alone
 
 
 def _step(planned):
@@ -119,6 +123,36 @@ def test_a_compiler_decides_whether_it_fits(planned, capsys, monkeypatch, peak, 
     assert (ran.code, finding["ok"]) == (code, code == 0)
     assert (finding["rule"], finding["value"]) == ("memory", peak)
     assert "by the tpu compiler" in finding["message"]
+
+
+STAGED = """
+mesh: {topology: "dgx-a100-80gb:1x8", shape: {pipe: 4, data: 2}}
+training: {batch: 32, pipeline_microbatches: 4, optimizer: adamw}
+pipeline: {axis: pipe, schedule: 1f1b}
+architecture: {kind: decoder, layers: 8, d_model: 128, heads: 2, vocab: 512, sequence: 64}
+"""
+
+
+@pytest.mark.parametrize(("failing", "code"), [(None, 0), (1, 1)])
+def test_every_kind_of_stage_has_to_fit(tmp_path, capsys, monkeypatch, failing, code):
+    """The first holds most microbatches: it needs most of equal programs, with what is added."""
+    path = tmp_path / "staged.yaml"
+    path.write_text(STAGED, encoding="utf-8")
+    added = [alone.held_bytes for alone in stages_alone(plan_request(Request(find(str(path)))).result)]
+    assert len(added) > 1
+    assert max(added) == added[0] > 0
+    asked = []
+
+    def compiled(*_):
+        asked.append("exhausted" if len(asked) == failing else "compiled")
+        return _compiler(2**20, asked[-1])(None)
+
+    monkeypatch.setattr(verify, "compile_program", compiled)
+    ran = plan(capsys, "check", path, "--compiled", "--format", "json")
+    finding = json.loads(ran.out)["checks"][0]["findings"][0]
+    assert (ran.code, len(asked)) == (code, len(added))
+    assert finding["value"] == 2**20 + added[0]
+    assert "of microbatches in flight" in finding["message"]
 
 
 @pytest.mark.parametrize(("hint", "code"), [("pip install it", 2), ("", 3)])
