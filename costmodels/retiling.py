@@ -37,6 +37,7 @@ from meshes import LogicalMesh
 
 ROWS = 8  # of a tile: shards that fill them need no copy
 TRANSPOSED, MOVED = 12.0, 3.0  # bytes moved per byte of a matrix, and of another array
+DTYPE = "bf16"  # of what was measured; other types count as so many bytes of it
 SMALL = 2**24  # bytes that are gathered by a sum
 
 
@@ -66,7 +67,7 @@ def retiling_seconds(
 ) -> Any:
     """Seconds of the copy that follows a gather along dimension `dim`; 0 if there is none."""
     copied = np.where(is_copied(mesh, axes, width, size), np.asarray(size, float), 0.0)
-    return stream_seconds(mesh.chip, moved_per_byte(rank, dim) * copied)
+    return stream_seconds(mesh.chip, moved_per_byte(rank, dim) * copied, dtype=DTYPE)
 
 
 def retile_gathered(program: Program, mesh: LogicalMesh) -> Program:
@@ -115,6 +116,6 @@ class _Copying:
         )
         self.buffers[self.fresh] = gathered
         moved = moved_per_byte(len(whole.shape), i.dim) * i.bytes
-        kernel = Kernel(f"{i.tensor}.retile", "retile", whole.dtype, moved, 0.0)
+        kernel = Kernel(f"{i.tensor}.retile", "retile", DTYPE, moved, 0.0)
         copy = Compute(kernel, (self.fresh,), (i.result,), i.phase)
         return replace(i, result=self.fresh), copy

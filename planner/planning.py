@@ -166,7 +166,7 @@ def surrogate_bound(model: Model, mesh: LogicalMesh, enough_s: float = inf) -> f
     if model.pipeline is not None:
         return 0.0
     annotation = in_loops(model.constraints, model.members)
-    planning = Planning(model, mesh, Options(), annotation, None)
+    planning = Planning(model, mesh, Options(), annotation, None, settles_ties=False)
     return quick_bound(planning.space.problem(None, []), enough_s)
 
 
@@ -259,6 +259,7 @@ class Planning:
     meaning: Meaning = Meaning.CONSTRAINTS
     as_laid: frozenset[str] = frozenset()  # annotated tensors that are read as they lie
     dispute_s: float = 0.0  # what a dispute counts (see planner.sharding.agreement)
+    settles_ties: bool = True  # whether of equal plans the one is taken that holds less
     graph: Graph = field(init=False)
     flow: Flow = field(init=False)
     follows: bool = True  # whether what a plan exposes decides what the next one pays for
@@ -322,12 +323,11 @@ class Planning:
         )  # fmt: skip
 
     def home_seconds(self) -> HomeSeconds:
-        """What homes cost by themselves: so little that of equal plans the one wins that holds
-        less."""
+        """What homes cost by themselves: so little that it settles nothing but ties."""
         sizes, rate = dict(self.mesh.axes), self.mesh.chip.hbm_bytes_per_s
 
         def seconds(home: Home, specs: Sequence[Spec]) -> NDArray[np.float64]:
-            if not home.live:
+            if not home.live or not self.settles_ties:
                 return np.zeros(len(specs))
             size = np.array([prod(s.local_shape(home.shape, sizes)) for s in specs], dtype=float)
             return TIE_SHARE / rate * ITEM_BYTES[home.dtype] * size

@@ -138,7 +138,8 @@ def test_every_kind_of_stage_has_to_fit(tmp_path, capsys, monkeypatch, failing, 
     """The first holds most microbatches: it needs most of equal programs, with what is added."""
     path = tmp_path / "staged.yaml"
     path.write_text(STAGED, encoding="utf-8")
-    added = [alone.held_bytes for alone in stages_alone(plan_request(Request(find(str(path)))).result)]
+    result = plan_request(Request(find(str(path)))).result
+    added = [alone.held_bytes for alone in stages_alone(result)]
     assert len(added) > 1
     assert max(added) == added[0] > 0
     asked = []
