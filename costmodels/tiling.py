@@ -1,11 +1,11 @@
-"""How convolutions lie in a TPU's memory, and what its compiler does not store for them.
+"""How arguments and convolutions lie in a TPU's memory, and what its compiler does not store.
 
 Tiles. A TPU moves registers of 8 × 128 numbers, and XLA lays every array in such tiles: of the two
 dimensions that vary fastest one is padded to a multiple of 128, the other to a multiple of 8, or to
 4 (`T(8,128)`, `T(4,128)` in compiled programs; openxla.org/xla/tiled_layout). Convolutions have
 their channels and their samples there, whichever way round takes less. So 64 channels take the
-memory of 128, and what passes between convolutions lies as they read it. Arguments lie as they
-come: a convolution reads a copy of them.
+memory of 128, and what passes between convolutions lies as they read it. Arguments have those two
+dimensions in tiles with which they take least: a convolution reads a copy of them.
 
 One sample. XLA would cut it into eight blocks along a spatial dimension (`space-to-batch`) and copy
 what they share again and again: a U-Net of one 128³ volume took 12.2 GiB so. Exported programs make
@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
-from itertools import count, islice
+from itertools import count, islice, permutations
 from math import prod
 
 from costmodels.program import Block, Buffer, Compute, Kernel, LoopStep, Program, Step
@@ -46,6 +46,29 @@ def laid(shape: tuple[int, ...]) -> tuple[int, ...]:
         sizes[sublanes] = _padded(sizes[sublanes], few if sizes[sublanes] <= few else SUBLANES)
         ways.append(tuple(sizes))
     return min(ways, key=prod)
+
+
+def laid_argument(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Sizes that an argument of a program takes; vectors have no padding worth counting."""
+    if len(shape) < 2:
+        return shape
+    ways = []
+    for lanes, sublanes in permutations(range(len(shape)), 2):
+        sizes = list(shape)
+        sizes[lanes] = _padded(sizes[lanes], LANES)
+        rows = next((few for few in (1, 2, 4) if sizes[sublanes] <= few), SUBLANES)
+        sizes[sublanes] = _padded(sizes[sublanes], rows)
+        ways.append(tuple(sizes))
+    return min(ways, key=prod)
+
+
+def tile_arguments(program: Program) -> Program:
+    """The program with the sizes that its inputs take in memory."""
+    buffers = dict(program.buffers)
+    for number in program.inputs.values():
+        b = buffers[number]
+        buffers[number] = replace(b, laid=laid_argument(b.shape))
+    return replace(program, buffers=buffers)
 
 
 def _padded(size: int, to: int) -> int:

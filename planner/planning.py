@@ -32,7 +32,7 @@ from costmodels.narrowing import narrow_stacks
 from costmodels.program import ITEM_BYTES, Program
 from costmodels.retiling import retile_gathered
 from costmodels.simulate import Timing, simulate
-from costmodels.tiling import tile_convolutions
+from costmodels.tiling import tile_arguments, tile_convolutions
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
@@ -659,6 +659,7 @@ class Planning:
         if self.mesh.chip.family == "tpu":
             program = copy_gathered(narrow_stacks(program))
             program = tile_convolutions(retile_gathered(program, self.mesh))
+            program = tile_arguments(program)
         elif self.mesh.chip.family == "gpu":
             program = sums_at_once(program)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))

@@ -139,7 +139,7 @@ def memory_rows(
 
 def argument_bytes(program: Program) -> int:
     """Parameters, optimizer states and the batch on one device."""
-    return sum(program.buffers[b].bytes for b in program.inputs.values())
+    return sum(program.buffers[b].held_bytes for b in program.inputs.values())
 
 
 # ---- work ----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import meshes
 from costmodels.pricing import kernel_seconds
 from costmodels.program import Compute
-from costmodels.tiling import laid
+from costmodels.tiling import laid, laid_argument
 from planner.export.placement import placement
 from planner.modelfile import load_model
 from planner.planning import price_annotations
@@ -39,6 +39,24 @@ TPU, GPU = "tpu-v3:2x2", "dgx-a100-80gb:1x8"
 )
 def test_sizes_in_memory(shape: tuple[int, ...], mib: int) -> None:
     assert 2 * prod(laid(shape)) == mib * MIB
+
+
+@pytest.mark.parametrize(
+    ("shape", "padded"),
+    [
+        ((64, 224, 224, 3), (64, 224, 256, 3)),  # bf16[...]{2,1,3,0:T(8,128)(2,1)}
+        ((14, 14, 3, 48), (16, 14, 3, 128)),  # {3,1,2,0:T(8,128)}, as large
+        ((48, 6, 48), (48, 6, 128)),
+        ((6, 29593), (8, 29696)),
+        ((58, 48, 2, 64), (58, 48, 2, 128)),  # T(2,128)
+        ((64, 32), (128, 32)),  # {0,1:T(8,128)}
+        ((9, 1024, 1), (9, 1024, 1)),
+        ((12288,), (12288,)),
+    ],
+)
+def test_sizes_of_arguments(shape: tuple[int, ...], padded: tuple[int, ...]) -> None:
+    """As libtpu 0.0.52 lays zoo models' parameters, states and batches on v3 and v4."""
+    assert prod(laid_argument(shape)) == prod(padded)
 
 
 def chain(mesh: str, samples: int, space: Sequence[int], end: str = "mean(y * y)") -> Result:
