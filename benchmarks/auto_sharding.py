@@ -54,9 +54,9 @@ FULL_MESHES: dict[str, tuple[str, dict[str, int]]] = {
     "gshard-m4": ("tpu-v3:32x32", {"expert": 2048}),
     "lamda-137b": ("tpu-v3:32x32", {"x": 32, "y": 64}),
     "llama3-8b": ("tpu-v3:8x8", {"x": 16, "y": 8}),
-    "mixtral-8x7b": ("tpu-v3:16x16", {"x": 64, "y": 8}),
+    "mixtral-8x7b": ("tpu-v3:16x32", {"x": 128, "y": 8}),
     "t5-11b": ("tpu-v3:8x8", {"x": 16, "y": 8}),
-    "vit-22b": ("tpu-v3:16x16", {"x": 64, "y": 8}),
+    "vit-22b": ("tpu-v4:8x8x16", {"x": 128, "y": 8}),
 }  # fmt: skip
 # The end of a generated program, for XLA's own search.
 AUTO = '''

@@ -416,6 +416,7 @@ class _FlowBuilder:
         self._fan_out(scope, name, place, uses, start)
 
     def _outlives_a_loop(self, start: int, uses: Sequence[_Use]) -> bool:
+        """Whether a loop runs between the making of a result and its last use."""
         last = max((u.at for u in uses), default=start)
         return any(start < loop.enter < last for loop in self.flow.loops.values())
 

@@ -304,6 +304,7 @@ class Resharder:
         self._distances: dict[tuple[Any, ...], Distances] = {}
         self._fits: dict[tuple[int, ...], NDArray[np.bool_]] = {}
         self._copying: dict[tuple[tuple[int, ...], int], Floats] = {}
+        self._known: dict[tuple[tuple[int, ...], int], tuple[SpecGraph, Distances]] = {}
 
     def matrix(
         self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
@@ -348,8 +349,7 @@ class Resharder:
         was gathered; 0 where there is no path."""
         graph, distances = self._of(shape, itemsize)
         local = graph.local_elements(shape) * itemsize
-        copied = (self.copying(graph, shape, itemsize) > 0) * graph.payloads(shape) * itemsize
-        copied = np.append(copied, 0.0)
+        copied = np.append(self._copied_bytes(graph, shape, itemsize), 0.0)
         columns = [graph.number[t] for t in targets]
         found = np.zeros((len(sources), len(targets)))
         for i, spec in enumerate(sources):
@@ -373,7 +373,19 @@ class Resharder:
         columns = [graph.number[t] for t in targets]
         return np.array([gathers[distances.last(graph.number[s])][columns] for s in sources])
 
+    def _copied_bytes(self, graph: SpecGraph, shape: tuple[int, ...], itemsize: int) -> Floats:
+        """Of every move what is copied after it."""
+        copying = self.copying(graph, shape, itemsize)
+        if not copying.any():
+            return copying
+        return np.where(copying > 0, graph.payloads(shape) * itemsize, 0.0)
+
     def _of(self, shape: tuple[int, ...], itemsize: int) -> tuple[SpecGraph, Distances]:
+        if (shape, itemsize) not in self._known:
+            self._known[shape, itemsize] = self._graph_of(shape, itemsize)
+        return self._known[shape, itemsize]
+
+    def _graph_of(self, shape: tuple[int, ...], itemsize: int) -> tuple[SpecGraph, Distances]:
         rank = len(shape)
         if rank not in self._graphs:
             self._graphs[rank] = SpecGraph(rank, self.splitting, self.uneven)

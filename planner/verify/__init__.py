@@ -101,8 +101,7 @@ def compile_parts(result: Result, python: str | None = None) -> Iterator[tuple[C
 
 __all__ = [
     "BACKENDS", "BackendError", "Compiled", "ExportError", "Recovered", "Thresholds",
-    "Verification", "VerifiedStages", "compare_compiled", "compile_parts",
-    "compile_result", "document", "recovered",
-    "recovered_document", "recovered_text", "stages_document", "stages_text", "text", "verify",
-    "verify_stages",
+    "Verification", "VerifiedStages", "compare_compiled", "compile_parts", "compile_result",
+    "document", "recovered", "recovered_document", "recovered_text", "stages_document",
+    "stages_text", "text", "verify", "verify_stages",
 ]  # fmt: skip
