@@ -49,25 +49,14 @@ def make_mesh(devices):
     return Mesh(np.array(devices).reshape({sizes}), {axes})
 
 
-def layer(x, w):
-    y = jnp.einsum("{product}", x, lax.with_sharding_constraint(w, P()))
-    return x + jnp.mean(y.astype(jnp.float32)).astype(x.dtype), None
-
-
-def step(x, weights):
-    return lax.scan(layer, x, weights)[0]
-
-
 def compiled_step(mesh):
+    def layer(x, w):
+        whole = lax.with_sharding_constraint(w, NamedSharding(mesh, P()))
+        y = jnp.einsum("{product}", x, whole)
+        return x + jnp.mean(y.astype(jnp.float32)).astype(x.dtype), None
+
     given = NamedSharding(mesh, P({axes})), NamedSharding(mesh, P(*{split}))
-    jitted = jax.jit(step, in_shardings=given)
-
-    class Within:
-        def lower(self, *arguments):
-            with jax.set_mesh(mesh):
-                return jitted.lower(*arguments)
-
-    return Within()
+    return jax.jit(lambda x, weights: lax.scan(layer, x, weights)[0], in_shardings=given)
 
 
 def shapes():

@@ -91,14 +91,9 @@ class _Copying:
         )  # fmt: skip
 
     def step(self, step: Step) -> Step:
-        if not any(isinstance(i, Collective) and self.copied(i) for i in step.instructions):
-            return step
         found: list[Compute | Collective] = []
         for i in step.instructions:
-            if isinstance(i, Collective) and self.copied(i):
-                found += self.with_copy(i)
-            else:
-                found.append(i)
+            found += self.with_copy(i) if isinstance(i, Collective) and self.copied(i) else (i,)
         return replace(step, instructions=tuple(found))
 
     def copied(self, i: Collective) -> bool:

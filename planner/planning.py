@@ -652,7 +652,15 @@ class Planning:
         proof = Proof(
             status or outcome.status, outcome.cost, outcome.bound, outcome.gap, outcome.seconds
         )
-        return self.space.plan(outcome.choice.tolist(), proof)
+        plan = self.space.plan(outcome.choice.tolist(), proof)
+        objective = outcome.cost - self.ties(plan)
+        proof = replace(proof, objective_s=objective, bound_s=min(outcome.bound, objective))
+        return replace(plan, proof=proof)
+
+    def ties(self, plan: Plan) -> float:
+        """What settled ties, of the surrogate cost of a plan: no seconds of anything."""
+        held = Planning.home_seconds(self)
+        return sum(float(held(home, [plan.homes[home.tensor]])[0]) for home in self.flow.homes)
 
     def lowered(self, plan: Plan) -> Candidate:
         program = lower(self.flow, plan, self.resharder)

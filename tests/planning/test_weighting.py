@@ -39,13 +39,13 @@ def test_rest_takes_three_rounds() -> None:
 
 
 def test_what_was_exposed_leads_to_faster_plans_than_guesses() -> None:
-    model = find("llama3-8b").load()
+    model = find("llama3-8b", ("training.reduce_once=true",)).load()
     mesh = meshes.logical(meshes.resolve(model.mesh or ""), {"data": 16, "model": 8})
     planning = Planning(model, mesh, Options(), {}, None)
     guessed = [planning.fitting(planning.counts(w)).seconds for w in GUESSES]
     found = plan_model(model, mesh)
     assert found.fits
-    assert found.timing.step_time_s < 0.98 * min(guessed)
+    assert found.timing.step_time_s < 0.97 * min(guessed)
 
 
 def test_what_has_no_promise_is_given_up() -> None:
