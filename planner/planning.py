@@ -24,15 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 import meshes
-from costmodels.early import sums_at_once
+from costmodels.compiled import as_compiled
 from costmodels.exposure import Moved, exposed_shares
-from costmodels.gathered import copy_gathered
 from costmodels.memory import Memory, read_memory
-from costmodels.narrowing import narrow_stacks
 from costmodels.program import ITEM_BYTES, Program
-from costmodels.retiling import retile_gathered
 from costmodels.simulate import Timing, simulate
-from costmodels.tiling import tile_arguments, tile_convolutions
 from meshes import LogicalMesh
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
@@ -40,7 +36,7 @@ from planner.graph.flops import count_flops
 from planner.ilp import Look, Outcome, Problem, quick_bound, solve
 from planner.ilp.clock import Clock
 from planner.lowering.lower import lower, resolve_specs
-from planner.model import RECOMPUTES_ALL, Inference, Model, Training
+from planner.model import Model, Training
 from planner.pins import (
     Annotation,
     Meaning,
@@ -53,7 +49,7 @@ from planner.pins import (
 )
 from planner.plan import Plan, Proof
 from planner.progress import Progress
-from planner.report import amounts
+from planner.report.unfit import explain
 from planner.result import Result
 from planner.sharding.flow import Flow, Home, build_flow
 from planner.sharding.formulate import HomeSeconds, Space, least_compute, mesh_resharder
@@ -63,6 +59,7 @@ from planner.tying import tied_annotation, tied_meshes, untied
 from planner.weighting import (
     GUESSED_AXES,
     GUESSES,
+    LATER,
     LOOK,
     PLAIN,
     PROMISE,
@@ -401,7 +398,8 @@ class Planning:
             times = [c.seconds for c in seen]
             if n + 1 == LOOK:
                 self.check_promise(min(times))
-            if settled(times[len(guesses) :]):
+            late = min(times) > self.options.to_beat_s * (1 + LATER.get(n + 1, inf))
+            if late or settled(times[len(guesses) :]):
                 return
             exposure.see(self.exposed(seen[-1]))
 
@@ -663,13 +661,7 @@ class Planning:
         return sum(float(held(home, [plan.homes[home.tensor]])[0]) for home in self.flow.homes)
 
     def lowered(self, plan: Plan) -> Candidate:
-        program = lower(self.flow, plan, self.resharder)
-        if self.mesh.chip.family == "tpu":
-            program = copy_gathered(narrow_stacks(program))
-            program = tile_convolutions(retile_gathered(program, self.mesh))
-            program = tile_arguments(program)
-        elif self.mesh.chip.family == "gpu":
-            program = sums_at_once(program)
+        program = as_compiled(lower(self.flow, plan, self.resharder), self.mesh)
         return Candidate(plan, program, read_memory(program), simulate(program, self.mesh))
 
     def result(self, c: Candidate) -> Result:
@@ -704,47 +696,4 @@ def humps(profile: Sequence[int], limit: float) -> list[int]:
         elif not inside or size > profile[found[-1]]:
             found[-1:] = [t] if inside else [*found[-1:], t]
             inside = True
-    return found
-
-
-def explain(result: Result) -> tuple[str, ...]:
-    """Why nothing fits, in the user's words: what fills the memory, what could be relaxed."""
-    memory = result.memory
-    need = memory.peak_bytes * (1 + result.headroom)
-    limit = result.limit_bytes
-    lines = [
-        f"does not fit: the plan of least memory found needs {amounts.size(need)} per device "
-        f"(headroom {result.headroom:.0%} included), the limit is {amounts.size(limit)}"
-    ]
-    parts = sorted(memory.parts.items(), key=lambda kv: -kv[1])
-    lines.append(
-        "memory at the peak: "
-        + ", ".join(f"{name.replace('_', ' ')} {amounts.size(n)}" for name, n in parts if n)
-    )
-    lines.append(
-        "largest tensors: " + ", ".join(f"{t} {amounts.size(n)}" for t, _, n in memory.largest[:5])
-    )
-    relax = ["more devices", *_relaxed(result)]
-    if result.model.constraints:
-        relax.append("fewer constraints")
-    lines.append("what could be relaxed: " + "; ".join(relax))
-    return tuple(lines)
-
-
-def _relaxed(result: Result) -> list[str]:
-    """What of the workload could ask for less memory."""
-    memory, workload = result.memory, result.model.workload
-    large = memory.peak_bytes / 4
-    working = memory.parts["activations"] + memory.parts["temporaries"]
-    found = []
-    if isinstance(workload, Inference):
-        if working + memory.parts["kv_cache"] > large:
-            found.append("a smaller inference.batch or inference.context")
-        return found
-    if working > large:
-        if workload.remat not in RECOMPUTES_ALL:
-            found.append("training.remat: full")
-        found.append("a smaller training.batch, or more training.accumulation_steps")
-    if memory.parts["optimizer"] > large and workload.optimizer != "adafactor":
-        found.append("an optimizer with smaller states (adafactor)")
     return found

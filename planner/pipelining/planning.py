@@ -27,7 +27,8 @@ from planner.pipelining.cuts import stage_starts
 from planner.pipelining.pieces import Piece, PipelineError, cut
 from planner.pipelining.stage_planning import Crossing, StagePlanning
 from planner.plan import Plan, Proof
-from planner.planning import Infeasible, Options, Progress, explain
+from planner.planning import Infeasible, Options, Progress
+from planner.report.unfit import explain
 from planner.result import PlannedStage, Result
 from planner.sharding.choices import Choice
 from planner.sharding.formulate import least_compute

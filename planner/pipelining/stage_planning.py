@@ -14,11 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from costmodels.collectives import collective_seconds
-from costmodels.narrowing import narrow_stacks
+from costmodels.compiled import in_parts_as_compiled
 from costmodels.pipeline import StageProgram
 from costmodels.pipeline_memory import StageMemory, read_alike
 from costmodels.program import ITEM_BYTES
-from costmodels.retiling import retile_gathered
 from costmodels.schedule import BACKWARD, FORWARD
 from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
@@ -162,9 +161,7 @@ class StagePlanning(Planning):
         yield from (self.counts(weights) for weights in GUESSES)
 
     def stage(self, plan: Plan) -> StageProgram:
-        program = lower(self.flow, plan, self.resharder)
-        if self.mesh.chip.family == "tpu":
-            program = retile_gathered(narrow_stacks(program), self.mesh)
+        program = in_parts_as_compiled(lower(self.flow, plan, self.resharder), self.mesh)
         return stage_program(program, self.graph, self.own)
 
     def _timed(self, stage: StageProgram) -> Timing:

@@ -11,6 +11,7 @@ from costmodels.memory import read_memory
 from costmodels.pricing import instruction_seconds
 from costmodels.program import Program
 from costmodels.retiling import retile_gathered
+from meshes import LogicalMesh
 from planner.ilp import Problem
 from planner.lowering.lower import lower
 from planner.plan import Plan
@@ -23,10 +24,14 @@ class Price:
     profile: np.ndarray  # bytes at every step of the schedule
 
 
+def counted(program: Program, mesh: LogicalMesh) -> Program:
+    """With those of a compiler's copies that the ILP counts."""
+    tpu = mesh.chip.family == "tpu"
+    return retile_gathered(copy_gathered(program), mesh) if tpu else program
+
+
 def lowered_price(space: Space, plan: Plan) -> Price:
-    program = lower(space.flow, plan, space.resharder)
-    if space.mesh.chip.family == "tpu":
-        program = retile_gathered(copy_gathered(program), space.mesh)
+    program = counted(lower(space.flow, plan, space.resharder), space.mesh)
     return Price(serial_seconds(space, program), np.array(read_memory(program).profile, float))
 
 

@@ -15,14 +15,14 @@ from functools import partial
 from math import inf, isinf, prod
 
 import numpy as np
+from both_prices import counted
 from random_plans import Node, PlanDrawer
 
 from costmodels.collectives import collective_seconds
-from costmodels.gathered import copy_gathered
 from costmodels.memory import read_memory
 from costmodels.pricing import instruction_seconds, kernel_seconds
 from costmodels.program import ITEM_BYTES
-from costmodels.retiling import retile_gathered, retiling_seconds
+from costmodels.retiling import retiling_seconds
 from meshes import LogicalMesh
 from planner.lowering.lower import lower
 from planner.lowering.lower_op import lower_op
@@ -110,9 +110,7 @@ class BruteForce:
     def _leaf(self, taken: list[int], seconds: float) -> Leaf:
         chosen = {n: self.options[n][k] for n, k in zip(self.nodes, taken, strict=True)}
         plan = self.drawer.plan(chosen)
-        program = lower(self.flow, plan, self.resharder)
-        if self.mesh.chip.family == "tpu":
-            program = retile_gathered(copy_gathered(program), self.mesh)
+        program = counted(lower(self.flow, plan, self.resharder), self.mesh)
         whole = sum(n * instruction_seconds(self.mesh, i) for i, n in program.instructions())
         assert abs(whole - seconds) <= SLACK * whole
         return Leaf(plan, whole, read_memory(program).peak_bytes)
