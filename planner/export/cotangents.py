@@ -40,6 +40,16 @@ class Gradients:
         made = [out for out, (maker, _) in self.terms.get(name, {}).items() if _of(maker, op)]
         return self._place(made[0]) if len(made) == 1 else None
 
+    def unreduced(self, name: str, other: str) -> Spec | None:
+        """Where the term that is made of `other`, too, lies before it is reduced; None if it is no
+        sum over devices."""
+        made = [(op, k) for op, k in self.terms.get(name, {}).values() if other in op.ins]
+        if len(made) != 1:
+            return None
+        op, k = made[0]
+        found = self.choices[op.name].result(op.rule, k, self.order)
+        return found.without_partial() if found.partial else None
+
     def sums(self, name: str) -> int:
         """How many terms of a gradient are made as sums over devices."""
         return sum(

@@ -135,6 +135,11 @@ def _inside(result: Result, ways: _Ways) -> Placement:
         operands = _operands(op, result)
         for name, spec in operands.items():
             home = specs.get(name)
+            looked_up = op.attrs.get("onehot") == "take" and name == op.ins[0]
+            added = made_at.unreduced(name, op.ins[1]) if looked_up else None
+            if spec == home and added is not None:
+                # Told nothing, XLA exchanges rows by batch for columns and adds to a part.
+                uses[op.name, name] = Copy(spec, True, (), None if added == spec else added)
             if home is None or spec.partial or spec == home:
                 continue
             if op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
@@ -149,6 +154,8 @@ def _inside(result: Result, ways: _Ways) -> Placement:
         gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
         if contraction_sizes(op) is not None and made.partial:
             sums[op.outs[0]] = made.without_partial()
+        elif contraction_sizes(op) is not None and _moves(made, specs.get(op.outs[0], made)):
+            sums[op.outs[0]] = made
         elif gpu and gathered and _narrows(op, tensors):
             sums[op.outs[0]] = made
     gradients = _gradients(result, ways)
@@ -275,6 +282,7 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
         if len(op.ins) == 2 and op.name in plan.choices and contraction_sizes(op) is not None
     ]  # fmt: skip
     back = [op for op in products if op.phase == "backward"]
+    weights = _weights(result, ways.tensors)
     found = {}
     for op in products:
         if op.phase != "forward":
@@ -290,10 +298,13 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
             otherwise = otherwise or (home is not None and _moves(made, home))
             path = _path_to_reader(makers[0].outs[0], made, result, ways)
             way = _turns(path)
-            if way or otherwise or _cut_when_whole(path):
-                at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
-                cotangent, again = makers[0].ins[1 - at], makers[0].ins[at]
-                pulled, read = choice.operand(rule, 1 - at), choice.operand(rule, at)
+            at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
+            cotangent, again = makers[0].ins[1 - at], makers[0].ins[at]
+            pulled, read = choice.operand(rule, 1 - at), choice.operand(rule, at)
+            given = result.specs.get(op.outs[0])
+            exchanged = bool(made.partial) and given is not None and _moves(given, pulled)
+            again_split = name not in weights and _onto_split(made, path)
+            if way or otherwise or exchanged or again_split or _cut_when_whole(path):
                 found[op.name, name] = Gradient(
                     (*_between(cotangent, pulled, result, ways), pulled),
                     (
@@ -340,6 +351,11 @@ def _moves(made: Spec, home: Spec) -> bool:
 def _cut_when_whole(path: Sequence[Move]) -> bool:
     """Whether sums are reduced whole, and then cut for who reads them."""
     return {"all-reduce", "slice"} <= {move.kind for move in path}
+
+
+def _onto_split(made: Spec, path: Sequence[Move]) -> bool:
+    """Whether sums are scattered along a dimension that is split where they are made."""
+    return any(move.kind == "reduce-scatter" and made.dims[move.dim] for move in path)
 
 
 def _between(name: str, read: Spec, result: Result, ways: _Ways) -> Sequence[Spec]:
