@@ -70,8 +70,9 @@ class Update:
 @dataclass(frozen=True)
 class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
-    instead, if its operand is resharded for it. `sums`: products that leave unreduced sums, and
-    how these lie where they are made. `gradients`: of a product's operands. `together`: products
+    instead, if its operand is resharded for it. `sums`: products that leave unreduced sums or are
+    exchanged, and what is narrowed before it is gathered: how these lie where they are made.
+    `gradients`: of a product's operands. `together`: products
     whose two gradients are made one right after the other. `first`: products of which the gradient
     of one operand is made before that of the other. `apart`: tensors whose gradients do not
     lie as they do, and the places that these pass to where they lie; none where that is left open.
@@ -123,7 +124,7 @@ def _inside(result: Result, ways: _Ways) -> Placement:
     """Within one microbatch."""
     specs = {**result.specs, **_as_saved(result)}
     made_at = Gradients(result)
-    uses = _entries(result, specs, ways)
+    uses = {**_entries(result, specs, ways), **_tables(result, specs, made_at)}
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
     tensors = result.graph.all_tensors()
@@ -135,11 +136,6 @@ def _inside(result: Result, ways: _Ways) -> Placement:
         operands = _operands(op, result)
         for name, spec in operands.items():
             home = specs.get(name)
-            looked_up = op.attrs.get("onehot") == "take" and name == op.ins[0]
-            added = made_at.unreduced(name, op.ins[1]) if looked_up else None
-            if spec == home and added is not None:
-                # Told nothing, XLA exchanges rows by batch for columns and adds to a part.
-                uses[op.name, name] = Copy(spec, True, (), None if added == spec else added)
             if home is None or spec.partial or spec == home:
                 continue
             if op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
@@ -151,12 +147,12 @@ def _inside(result: Result, ways: _Ways) -> Placement:
                 None if made == spec else made,
             )  # fmt: skip
         made = choice.result(op.rule, 0, order)
-        gathered = made.axes and not made.partial and made != specs.get(op.outs[0])
-        if contraction_sizes(op) is not None and made.partial:
+        product, lies = contraction_sizes(op) is not None, specs.get(op.outs[0], made)
+        exchanged = product and _moves(made, lies)
+        gathered = made.axes and not made.partial and made != lies
+        if product and made.partial:
             sums[op.outs[0]] = made.without_partial()
-        elif contraction_sizes(op) is not None and _moves(made, specs.get(op.outs[0], made)):
-            sums[op.outs[0]] = made
-        elif gpu and gathered and _narrows(op, tensors):
+        elif exchanged or (gpu and gathered and _narrows(op, tensors)):
             sums[op.outs[0]] = made
     gradients = _gradients(result, ways)
     at_once = _outside_loops(result) if gpu else {}
@@ -256,6 +252,20 @@ def _entries(result: Result, specs: Mapping[str, Spec], ways: _Ways) -> dict[Use
     return found
 
 
+def _tables(result: Result, specs: Mapping[str, Spec], made_at: Gradients) -> dict[Use, Copy]:
+    """Tables that are looked up as they lie, and whose gradients are sums over devices. Told
+    nothing, XLA exchanges the rows' gradients by batch for columns, and adds to a part."""
+    found = {}
+    for op, _ in result.graph.walk():
+        if op.phase != "forward" or op.attrs.get("onehot") != "take":
+            continue
+        table, indices = op.ins[:2]
+        home, added = specs.get(table), made_at.unreduced(table, indices)
+        if added and home and home == _operands(op, result).get(table):
+            found[op.name, table] = Copy(home, True, (), None if added == home else added)
+    return found
+
+
 def only(result: Result, names: Collection[str]) -> Placement:
     """Where the arguments lie, and of the activations only the named ones: all else is the
     compiler's."""
@@ -274,8 +284,8 @@ def _on_gpu(result: Result) -> bool:
 
 
 def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
-    """Of products whose gradients the plan splits otherwise than the products, or reduces whole to
-    cut them, where a compiler would scatter them first."""
+    """Of products whose gradients the plan makes otherwise than a compiler would, told nothing:
+    split otherwise than the products, of what is exchanged first, or reduced another way."""
     plan, order = result.plan, [name for name, _ in result.mesh.axes]
     products = [
         op for op, _ in result.graph.walk()
@@ -291,20 +301,22 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
             makers = [b for b in back if _makes_gradient(b, name, other)]
             if len(makers) != 1:
                 continue
-            rule, choice = makers[0].rule, plan.choices[makers[0].name]
-            made = choice.result(rule, 0, order)
-            otherwise = _split(makers[0], plan) != _split(op, plan)
-            home = result.specs.get(name)
-            otherwise = otherwise or (home is not None and _moves(made, home))
-            path = _path_to_reader(makers[0].outs[0], made, result, ways)
-            way = _turns(path)
+            choice = plan.choices[makers[0].name]
             at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
             cotangent, again = makers[0].ins[1 - at], makers[0].ins[at]
-            pulled, read = choice.operand(rule, 1 - at), choice.operand(rule, at)
-            given = result.specs.get(op.outs[0])
-            exchanged = bool(made.partial) and given is not None and _moves(given, pulled)
-            again_split = name not in weights and _onto_split(made, path)
-            if way or otherwise or exchanged or again_split or _cut_when_whole(path):
+            pulled, read = (choice.operand(makers[0].rule, k) for k in (1 - at, at))
+            made = choice.result(makers[0].rule, 0, order)
+            path = _path_to_reader(makers[0].outs[0], made, result, ways)
+            way = _turns(path)
+            home, lies = (result.specs.get(n) for n in (name, op.outs[0]))
+            reasons = (
+                way, _split(makers[0], plan) != _split(op, plan),
+                home is not None and _moves(made, home),
+                # XLA would not exchange one operand, but gather both: 3 GiB of a GShard's 7.
+                made.partial and lies is not None and _moves(lies, pulled),
+                name not in weights and _onto_split(made, path), _cut_when_whole(path),
+            )  # fmt: skip
+            if any(reasons):
                 found[op.name, name] = Gradient(
                     (*_between(cotangent, pulled, result, ways), pulled),
                     (

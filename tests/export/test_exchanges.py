@@ -1,0 +1,61 @@
+"""Products and sums that a plan moves once they are made: programs say where that is."""
+
+from __future__ import annotations
+
+from given_choices import chosen
+from small_models import decoder
+
+import meshes
+from planner.export.placement import Copy, Gradient, placement
+from planner.planning import price_annotations
+from planner.sharding.spec import Spec
+
+TPU = meshes.logical(meshes.resolve("tpu-v3:2x2"), {"x": 2, "y": 4})
+BY_BATCH, BY_HEAD = Spec((("x",), (), (), ())), Spec(((), (), ("x",), ()))
+
+
+def test_products_are_made_before_they_are_exchanged() -> None:
+    """XLA exchanged what a product of experts read, four times as large as what it made."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"layers.q": BY_HEAD.dims})
+    by_batch = chosen(result, **{"layers.q": {"B": ("x",)}})
+    assert placement(by_batch).sums["layers.q"] == BY_BATCH
+    as_it_lies = chosen(result, **{"layers.q": {"N": ("x",)}})
+    assert "layers.q" not in placement(as_it_lies).sums
+
+
+def test_what_is_exchanged_for_a_sum_is_named() -> None:
+    """XLA gathered both operands of the gradient of a GShard's experts over the batch."""
+    split = {"layers.q": {"B": ("x",)}, "layers.wq.cast.grad": {"B": ("x",)}}
+    by_head, by_batch = (
+        chosen(price_annotations(decoder(8, optimizer="sgd"), TPU, {"layers.q": s.dims}), **split)
+        for s in (BY_HEAD, BY_BATCH)
+    )
+    told = placement(by_head).gradients["layers.q", "layers.wq.cast"]
+    assert (told.cotangent[-1], told.made) == (BY_BATCH, Spec(((), (), ())))
+    assert ("layers.q", "layers.wq.cast") not in placement(by_batch).gradients
+
+
+def test_sums_are_made_before_they_split_what_is_split() -> None:
+    """XLA reduced those of GLaM's tokens whole and gathered them over the batch."""
+    split = {"B": ("x",), "N": ("y",)}
+
+    def told(lies: Spec) -> Gradient | None:
+        result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"layers.ln": lies.dims})
+        found = chosen(result, **{"layers.q": split, "layers.ln.grad_3": split})
+        return placement(found).gradients.get(("layers.q", "layers.ln"))
+
+    further = told(Spec((("x", "y"), (), ())))
+    assert further is not None
+    assert further.made == Spec((("x",), (), ()))
+    assert told(Spec((("x",), ("y",), ()))) is None
+
+
+def test_tables_that_are_looked_up_whole_add_up_rows_where_they_are() -> None:
+    """XLA exchanged the gradients of T5's rows by batch for columns, and added to a part."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"table": ((), ("x",))})
+    whole = Spec(((), ()))
+    use = ("x", "table.cast")
+    summed = chosen(result, **{"table.cast.grad_2": {"B": ("x",)}})
+    by_column = chosen(result, **{"table.cast.grad_2": {"D": ("x",)}})
+    assert placement(summed).uses[use] == Copy(whole, True)
+    assert use not in placement(by_column).uses
