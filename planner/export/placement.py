@@ -390,10 +390,11 @@ def _through(
 
 def _turns(path: Sequence[Move]) -> Sequence[Spec]:
     """The places between, where several axes move to other dimensions one after the other, of
-    which compilers make gathers of the whole tensor, and where more is scattered than stays split:
-    they would reduce over the rest whole."""
+    which compilers make gathers of the whole tensor, and where what is scattered is gathered or
+    moves on: they would reduce it whole."""
     kinds = [move.kind for move in path]
-    several = kinds.count("all-to-all") > 1 or {"reduce-scatter", "all-gather"} <= {*kinds}
+    scattered = "reduce-scatter" in kinds and not {"all-gather", "all-to-all"}.isdisjoint(kinds)
+    several = kinds.count("all-to-all") > 1 or scattered
     return [m.result for m in path[:-1] if not m.result.partial] if several else ()
 
 

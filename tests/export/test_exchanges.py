@@ -59,3 +59,14 @@ def test_tables_that_are_looked_up_whole_add_up_rows_where_they_are() -> None:
     by_column = chosen(result, **{"table.cast.grad_2": {"D": ("x",)}})
     assert placement(summed).uses[use] == Copy(whole, True)
     assert use not in placement(by_column).uses
+
+
+def test_sums_are_scattered_before_an_axis_moves_on() -> None:
+    """XLA reduced the gradient of a table whole that two axes were to split, one each way."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {})
+    batch = {"layers.h": {"B": ("x", "y")}, "layers.w1.cast.grad": {"B": ("x", "y")}}
+    use = ("layers.h", "layers.w1.cast")
+    apart = chosen(result, **batch, **{"layers.w1[i].grad": {"D": ("x",), "F": ("y",)}})
+    assert placement(apart).gradients[use].way == [Spec(((), ("y", "x")))]
+    beside = chosen(result, **batch, **{"layers.w1[i].grad": {"F": ("x", "y")}})
+    assert use not in placement(beside).gradients
