@@ -43,33 +43,35 @@ class Gradients:
     def unreduced(self, name: str, other: str) -> Spec | None:
         """Where the term that is made of `other`, too, lies before it is reduced; None if it is no
         sum over devices."""
-        made = [(op, k) for op, k in self.terms.get(name, {}).values() if other in op.ins]
-        if len(made) != 1:
-            return None
-        op, k = made[0]
-        found = self.choices[op.name].result(op.rule, k, self.order)
-        return found.without_partial() if found.partial else None
+        maker = self._maker(name, other)
+        made = None if maker is None else self._made(*maker)
+        return made.without_partial() if made and made.partial else None
 
     def sums(self, name: str) -> int:
         """How many terms of a gradient are made as sums over devices."""
-        return sum(
-            bool(self.choices[op.name].result(op.rule, k, self.order).partial)
-            for op, k in self.terms.get(name, {}).values()
-        )
+        return sum(bool(self._made(*maker).partial) for maker in self.terms.get(name, {}).values())
 
     def read_by(self, name: str, other: str) -> tuple[str, Spec | None]:
         """What the one term of a gradient is made of besides `other`, and how that is read."""
-        ops = [op for op, _ in self.terms.get(name, {}).values() if other in op.ins]
-        if len(ops) != 1 or len(ops[0].ins) != 2:
+        maker = self._maker(name, other)
+        if maker is None or len(maker[0].ins) != 2:
             return "", None
-        at = 1 - ops[0].ins.index(other)
-        spec = self.choices[ops[0].name].operand(ops[0].rule, at)
-        return ops[0].ins[at], None if spec.partial else spec
+        op, _ = maker
+        at = 1 - op.ins.index(other)
+        spec = self.choices[op.name].operand(op.rule, at)
+        return op.ins[at], None if spec.partial else spec
+
+    def _maker(self, name: str, other: str) -> tuple[Op, int] | None:
+        """What makes the one term of a gradient that is made of `other`, too."""
+        found = [maker for maker in self.terms.get(name, {}).values() if other in maker[0].ins]
+        return found[0] if len(found) == 1 else None
+
+    def _made(self, op: Op, k: int) -> Spec:
+        return self.choices[op.name].result(op.rule, k, self.order)
 
     def _place(self, gradient: str) -> Spec | None:
         """Sums are where their reader has them."""
-        op, k = self.makers[gradient]
-        made = self.choices[op.name].result(op.rule, k, self.order)
+        made = self._made(*self.makers[gradient])
         return made if not made.partial else _only(self._read(gradient))
 
     def _read(self, gradient: str) -> Iterator[Spec | None]:

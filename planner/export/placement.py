@@ -72,10 +72,10 @@ class Placement:
     """`tensors`: where parameters, states, inputs and activations lie. `uses`: what an op reads
     instead, if its operand is resharded for it. `sums`: products that leave unreduced sums or are
     exchanged, and what is narrowed before it is gathered: how these lie where they are made.
-    `gradients`: of a product's operands. `together`: products
-    whose two gradients are made one right after the other. `first`: products of which the gradient
-    of one operand is made before that of the other. `apart`: tensors whose gradients do not
-    lie as they do, and the places that these pass to where they lie; none where that is left open.
+    `gradients`: of a product's operands. `together`: products whose two gradients are made one
+    right after the other. `first`: products of which the gradient of one operand is made before
+    that of the other. `apart`: tensors whose gradients do not lie as they do, and the places that
+    these pass to where they lie; none where that is left open.
     `barrier`: whether softmax's gradient is made of its result behind one.
     `sliced`: convolutions whose slices are made the samples of a batch. `rounds`: parameters of a
     circular pipeline as its ticks read them, and where their gradients add up (None is open).
@@ -154,15 +154,17 @@ def _inside(result: Result, ways: _Ways) -> Placement:
             sums[op.outs[0]] = made.without_partial()
         elif exchanged or (gpu and gathered and _narrows(op, tensors)):
             sums[op.outs[0]] = made
-    gradients = _gradients(result, ways)
+    weights = _weights(result, tensors)
+    gradients = _gradients(result, ways, weights)
     at_once = _outside_loops(result) if gpu else {}
     for use, home in at_once.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
     together = {op for op, _ in at_once}
     tpu = result.mesh.chip.family == "tpu"
-    first = dict(_sums_of_weights(result, made_at, tensors)) if tpu else {}
+    first = dict(_sums_of_weights(result, made_at, weights)) if tpu else {}
     apart = {
-        **dict.fromkeys(_free_casts(result), ()), **_apart(result, specs, made_at, tensors, ways)
+        **dict.fromkeys(_free_casts(result), ()),
+        **_apart(result, specs, made_at, tensors, weights, ways),
     }  # fmt: skip
     return Placement(
         specs, uses, sums, gradients, together, first, apart, barrier=gpu,
@@ -283,7 +285,9 @@ def _on_gpu(result: Result) -> bool:
     return result.mesh.chip.family == "gpu"
 
 
-def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
+def _gradients(
+    result: Result, ways: _Ways, weights: Collection[str]
+) -> dict[Use, Gradient]:  # fmt: skip
     """Of products whose gradients the plan makes otherwise than a compiler would, told nothing:
     split otherwise than the products, of what is exchanged first, or reduced another way."""
     plan, order = result.plan, [name for name, _ in result.mesh.axes]
@@ -292,7 +296,6 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
         if len(op.ins) == 2 and op.name in plan.choices and contraction_sizes(op) is not None
     ]  # fmt: skip
     back = [op for op in products if op.phase == "backward"]
-    weights = _weights(result, ways.tensors)
     found = {}
     for op in products:
         if op.phase != "forward":
@@ -301,16 +304,17 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
             makers = [b for b in back if _makes_gradient(b, name, other)]
             if len(makers) != 1:
                 continue
-            choice = plan.choices[makers[0].name]
-            at = [x.removesuffix(AGAIN) for x in makers[0].ins].index(other)
-            cotangent, again = makers[0].ins[1 - at], makers[0].ins[at]
-            pulled, read = (choice.operand(makers[0].rule, k) for k in (1 - at, at))
-            made = choice.result(makers[0].rule, 0, order)
-            path = _path_to_reader(makers[0].outs[0], made, result, ways)
+            maker = makers[0]
+            choice = plan.choices[maker.name]
+            at = [x.removesuffix(AGAIN) for x in maker.ins].index(other)
+            cotangent, again = maker.ins[1 - at], maker.ins[at]
+            pulled, read = (choice.operand(maker.rule, k) for k in (1 - at, at))
+            made = choice.result(maker.rule, 0, order)
+            path = _path_to_reader(maker.outs[0], made, result, ways)
             way = _turns(path)
             home, lies = (result.specs.get(n) for n in (name, op.outs[0]))
             reasons = (
-                way, _split(makers[0], plan) != _split(op, plan),
+                way, _split(maker, plan) != _split(op, plan),
                 home is not None and _moves(made, home),
                 # XLA would not exchange one operand, but gather both: 3 GiB of a GShard's 7.
                 made.partial and lies is not None and _moves(lies, pulled),
@@ -330,12 +334,11 @@ def _gradients(result: Result, ways: _Ways) -> dict[Use, Gradient]:
 
 def _apart(
     result: Result, specs: Mapping[str, Spec], made_at: Gradients, tensors: Mapping[str, Tensor],
-    ways: _Ways,
+    weights: Collection[str], ways: _Ways,
 ) -> dict[str, Sequence[Spec]]:  # fmt: skip
     """Tensors whose gradients the plan has elsewhere: parameters in loops and their casts, and
     activations whose gradients are made with axes that they lack. Bound to lie like the tensor,
     these would be gathered. And rows that are looked up, whose gradients are read elsewhere."""
-    weights = _weights(result, tensors)
     found: dict[str, Sequence[Spec]] = {}
     for name, spec in specs.items():
         made = made_at.of(name) if name in tensors else None
@@ -421,7 +424,7 @@ def _split(op: Op, plan: Plan) -> dict[str, Sequence[str]]:
 
 
 def _sums_of_weights(
-    result: Result, made_at: Gradients, tensors: Mapping[str, Tensor]
+    result: Result, made_at: Gradients, weights: Collection[str]
 ) -> Iterator[Use]:
     """Products by weights whose gradients are sums over devices.
 
@@ -430,7 +433,6 @@ def _sums_of_weights(
     layers took 6289 MiB on a v5e, 4177 where they are made before the other gradient. That one is
     left alone: sums of several products are added up before they are reduced.
     """
-    weights = _weights(result, tensors)
     for op, _ in result.model.graph.walk():
         for name in op.ins if contraction_sizes(op) is not None else ():
             if name in weights and made_at.sums(name):
