@@ -7,7 +7,9 @@ is in `jax_loss.py`, the functions that are the same in every program are in `ja
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 from meshes import LogicalMesh
 from planner.export.jax_expr import JNP_DTYPES, partition
@@ -17,6 +19,7 @@ from planner.export.jax_optimizers import states_of, update_source
 from planner.export.jax_sources import (
     ACCUMULATED,
     FUNCTIONS,
+    GROUPED,
     HELPERS,
     MOVED,
     ONE_STEP,
@@ -24,8 +27,17 @@ from planner.export.jax_sources import (
     TAIL,
     filled,
 )
-from planner.export.jax_stage import ZEROS, Sides, stage_outputs, step_source
+from planner.export.jax_stage import (
+    CROSSING,
+    JOINED,
+    ZEROS,
+    Sides,
+    split_rows,
+    stage_outputs,
+    step_source,
+)
 from planner.export.placement import Placement, Update, placement
+from planner.export.unreduced import Groups, Mixed, grouped
 from planner.graph.core import Graph, Tensor
 from planner.graph.saving import saved_values
 from planner.model import SEVERAL_CHUNKS, Model, Pipeline, Training, remat_text
@@ -34,41 +46,69 @@ from planner.result import Result
 from planner.sharding.spec import Spec, replicated
 
 
+@dataclass(frozen=True)
+class Source:
+    """Text of a program, and what its reader should know of how it differs from the plan."""
+
+    text: str
+    note: str = ""
+
+
 def result_program(result: Result) -> str:
     """Source of the program that follows a plan."""
+    return planned_source(result).text
+
+
+def planned_source(
+    result: Result, sides: Sides | None = None, mesh: LogicalMesh | None = None
+) -> Source:
+    """The program that follows a plan, a stage's with `sides`; `mesh`: its devices, if they are not
+    the plan's."""
     model, pipeline, axes = result.model, result.model.pipeline, dict(result.mesh.axes)
     if pipeline is not None and not pipeline.inside:
         model = stacked(model, pipeline.axis, axes[pipeline.axis], pipeline.interleave)
     _refuse_others(model)  # there is no placement of what has no program
-    return jax_program(model, result.mesh, placement(result))
+    place, groups, note = placement(result), None, ""
+    crossing = () if sides is None else (*sides.boundary.received, *sides.boundary.sent)
+    try:
+        groups = grouped(result, place, crossing, sides is None or sides.boundary.loss)
+    except Mixed as reason:
+        note = f"gradients that the plan reduces once a step are reduced in every part: {reason}"
+    place = place if groups is None else groups.place
+    text = jax_program(model, mesh or result.mesh, place, sides, groups, note)
+    return Source(text, note)
 
 
 def jax_program(
-    model: Model, mesh: LogicalMesh, place: Placement, sides: Sides | None = None
-) -> str:
+    model: Model, mesh: LogicalMesh, place: Placement, sides: Sides | None = None,
+    groups: Groups | None = None, note: str = "",
+) -> str:  # fmt: skip
     """Source of the program. Tensors that `place` leaves out are replicated (arguments) or left
-    to the compiler (activations). `sides`: what makes the model a stage of a pipeline."""
+    to the compiler (activations). `sides`: what makes the model a stage of a pipeline; `groups`: of
+    devices that add up gradients by themselves; `note`: what its reader should know."""
     _refuse_others(model)
     graph, training = model.graph, model.training
     tables = _Tables(graph, training, place, sides)
+    own = graph if groups is None else groups.graph
     sums = {name: partition(spec) for name, spec in place.sums.items()}
     annotated = {*tables.activations, *tables.parameters}
     kept = saved_values(model) if sides is None else sides.saved
     writer = LossWriter(
-        graph, annotated, kept, place.uses, sums, place.gradients, place.together, place.first,
+        own, annotated, kept, place.uses, sums, place.gradients, place.together, place.first,
         place.apart, place.sliced, place.rounds,
     )  # fmt: skip
     made = stage_outputs(graph, sides.boundary) if sides else ([*graph.outputs[:1]], [])
     body, used = writer.lines([*made[0], *made[1]]), writer.helpers
     body.append(f"return {_returned(writer, made) if sides else writer.variables[made[0][0]]}")
-    values = _values(training, place, sides)
+    values = _values(training, place, sides, groups)
     parts = [
-        _header(model, mesh),
+        _header(model, mesh, note),
         _mesh_source(mesh),
         tables.source(),
         _stacks_source(tables, model.members),
         _saved_source(writer),
         *_held_source(place.held),
+        *_groups_source(groups, tables),
         filled(HELPERS, values),
         *(filled(text, values) for names, text in FUNCTIONS.items() if used & {*names}),
         ["def loss_fn(params, batch, mesh=None):",
@@ -78,6 +118,8 @@ def jax_program(
          *(f"    {line}" if line else "" for line in body)],
         update_source(graph, training),
         *_moved_source(place.updates),
+        *(() if groups is None else (filled(GROUPED, values),)),
+        *(() if groups is None or sides is None else (filled(CROSSING, values),)),
         _step_source(graph, training, sides, values),
         filled(TAIL, values),
     ]  # fmt: skip
@@ -114,14 +156,23 @@ def _does(training: Training, sides: Sides | None) -> str:
     return "What one microbatch leaves the stage with: with a gradient, and without."
 
 
-def _values(training: Training, place: Placement, sides: Sides | None) -> Mapping[str, str]:
+def _values(
+    training: Training, place: Placement, sides: Sides | None, groups: Groups | None
+) -> Mapping[str, str]:
     """What the functions of `jax_sources` leave open."""
     found = {
         "steps": str(training.accumulation_steps), "gradients": JNP_DTYPES[training.gradients],
         "spec": "ACTIVATIONS[where] if where in ACTIVATIONS else PARAMETERS[where][2]",
         "read": "params", "held": "", "update": "update(name, p, grads[name], states[name])",
         "results": "NamedSharding(mesh, P())", "softmax_note": "", "softmax_barrier": "",
+        "sums": "PARAMETERS[n][2]" if sides is None else "n",
+        "summed": f"microbatches({'batch' if sides is None else 'given'})",
+        "sent": "RESULTS[n]", "joined": "",
     }  # fmt: skip
+    if groups is not None:
+        given = "batch" if sides is None else "given"
+        found |= {"sums": "SUMS[n][0]", "summed": f"by_groups(microbatches, {given}, mesh)",
+                  "sent": "_sent(n)", "joined": JOINED}  # fmt: skip
     if place.held:  # microbatches read parameters where these are held
         held = "HELD[where][-1] if where in HELD else None"
         found["spec"] = f"{held}\n    spec = spec or ({found['spec']})"
@@ -150,7 +201,7 @@ def _returned(writer: LossWriter, made: tuple[Sequence[str], Sequence[str]]) -> 
     )
 
 
-def _header(model: Model, mesh: LogicalMesh) -> list[str]:
+def _header(model: Model, mesh: LogicalMesh, note: str) -> list[str]:
     steps = model.training.accumulation_steps
     micro = f", {steps} accumulation steps" if steps > 1 else ""
     return [
@@ -158,6 +209,7 @@ def _header(model: Model, mesh: LogicalMesh) -> list[str]:
         "",
         f"Batch {model.training.batch}{micro}, {model.training.optimizer}, "
         f"rematerialisation: {remat_text(model.training.remat)}.",
+        *textwrap.wrap(f"Not as planned: {note}." if note else "", 100),
         "Written by shardplan as a starting point; it needs only jax and is yours to change.",
         '"""',
         "",
@@ -223,14 +275,14 @@ class _Tables:
             *_table("STATES", {p: self._states(p) for p in self.parameters}),
             "",
             "# Inputs of one step.",
-            *_table("INPUTS", {n: self._argument(t) for n, t in self._inputs().items()} | crossing),
+            *_table("INPUTS", {n: self._argument(t) for n, t in self.inputs().items()} | crossing),
             *results,
             "",
             "# Shardings of activations, by name; remove a line to leave one to the compiler.",
             *_table("ACTIVATIONS", {n: partition(s) for n, s in self.activations.items()}),
         ]
 
-    def _inputs(self) -> dict[str, Tensor]:
+    def inputs(self) -> dict[str, Tensor]:
         steps, crossing = self.training.accumulation_steps, self.sides.inputs if self.sides else {}
         stacked = steps > 1 or self.sides is not None
         found = {}
@@ -331,6 +383,25 @@ def _held_source(held: Mapping[str, Sequence[Spec]]) -> Iterator[list[str]]:
             "# Parameters that all microbatches read elsewhere -> places that they pass before.",
             *_table("HELD", rows),
         ]
+
+
+def _groups_source(groups: Groups | None, tables: _Tables) -> Iterator[list[str]]:
+    """Groups of devices that add up gradients by themselves."""
+    if groups is None:
+        return
+    split = {n: d + 1 if n in tables.inputs() else d for n, d in groups.split.items()}
+    split = split if tables.sides is None else split_rows(tables.sides, split)
+    axes = ", ".join(f'"{axis}"' for axis in groups.axes)
+    sums = {n: f"({partition(one)}, {partition(all_)})" for n, (one, all_) in groups.sums.items()}
+    yield [
+        "# Groups of devices along these axes add up gradients by themselves, until the last",
+        "# microbatch.",
+        f"UNREDUCED, GROUPS = ({axes},), {groups.count}",
+        "# What has a part for every group -> its dimension.",
+        *_table("SPLIT", {n: str(d) for n, d in split.items()}),
+        "# Where a group adds up a gradient, and where the sum of all is wanted.",
+        *_table("SUMS", sums),
+    ]
 
 
 def _way(specs: Sequence[Spec]) -> str:

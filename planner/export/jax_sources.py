@@ -339,17 +339,48 @@ ACCUMULATED = '''
 def train_step(params, states, batch, mesh=None):
     """One optimizer step over $steps microbatches: -> (loss, new params, new states)."""
 $held
-    def microbatch(total, part):
-        result = jax.value_and_grad(loss_fn)($read, part, mesh)
-        return jax.tree.map(lambda t, r: t + r.astype(t.dtype) / $steps, total, result), None
+    def microbatches(batch):
+        def microbatch(total, part):
+            result = jax.value_and_grad(loss_fn)($read, part, mesh)
+            return jax.tree.map(lambda t, r: t + r.astype(t.dtype) / $steps, total, result), None
 
-    zeros = {
-        n: annotate(jnp.zeros(p.shape, $gradients), PARAMETERS[n][2], mesh)
-        for n, p in params.items()
-    }
-    (loss, grads), _ = lax.scan(microbatch, (jnp.zeros((), jnp.float32), zeros), batch)
+        zeros = {
+            n: annotate(jnp.zeros(p.shape, $gradients), $sums, mesh)
+            for n, p in params.items()
+        }
+        return lax.scan(microbatch, (jnp.zeros((), jnp.float32), zeros), batch)[0]
+
+    loss, grads = $summed
     new = {name: $update for name, p in params.items()}
     return loss, {n: p for n, (p, _) in new.items()}, {n: s for n, (_, s) in new.items()}
+'''
+
+GROUPED = '''
+def by_groups(function, batch, mesh=None):
+    """function(batch) -> (losses, gradients, ...) of every group of devices along UNREDUCED, for
+    its part of the batch. Losses and gradients are then added up; whatever else there is has a
+    dimension of groups in front.
+
+    XLA would reduce what a loop carries in every microbatch.
+    """
+    axes = {n: 0 if n in SPLIT else None for n in batch}
+    parts = {n: x if axes[n] is None else _parted(x, n, mesh) for n, x in batch.items()}
+    losses, grads, *rest = jax.vmap(function, (axes,), spmd_axis_name=UNREDUCED)(parts)
+    losses, grads = jax.tree.map(lambda x: jnp.sum(x, 0), (losses, grads))
+    return losses, {n: annotate(g, SUMS[n][1], mesh) for n, g in grads.items()}, *rest
+
+
+def _parted(x, name, mesh):
+    """[..., n, ...] -> [groups, ..., n / groups, ...]"""
+    dim = SPLIT[name]
+    x = jnp.moveaxis(x.reshape(*x.shape[:dim], GROUPS, -1, *x.shape[dim + 1 :]), dim, 0)
+    return annotate(x, P(UNREDUCED, *_within(INPUTS[name][2])), mesh)
+
+
+def _within(where):
+    """A sharding as one group has it."""
+    dims = (a if isinstance(a, tuple) else (a,) for a in where)
+    return P(*(tuple(a for a in dim if a and a not in UNREDUCED) or None for dim in dims))
 '''
 
 TAIL = '''

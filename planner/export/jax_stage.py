@@ -95,6 +95,16 @@ def stage_outputs(graph: Graph, edge: Boundary) -> tuple[list[str], list[str]]:
     return [n for n in made if n in through], [n for n in made if n not in through]
 
 
+def split_rows(sides: Sides, split: Mapping[str, int]) -> dict[str, int]:
+    """`Groups.split` by the names that arguments and results of a stage's program have."""
+    found = dict(split)
+    for name in sides.boundary.sent:
+        found[sent_parts(name)] = split[name]
+        if name in sides.boundary.differentiable:
+            found[received_cotangent(name)] = split[name]
+    return found | {result: split[name] for name, result in sides.returned.items()}
+
+
 def step_source(sides: Sides, loss: str, values: Mapping[str, str]) -> list[str]:
     """Names that cross, and the step (`values`: see `jax_sources`)."""
     edge = sides.boundary
@@ -122,44 +132,67 @@ def step_source(sides: Sides, loss: str, values: Mapping[str, str]) -> list[str]
 _STEP = '''
 def train_step(params, states, batch, mesh=None):
     """One optimizer step over $steps microbatches: -> (results, new params, new states)."""
-    crossing = {name: batch[name] for name in (*RECEIVED, *BEHIND.values())}
     taken = {name for _, names in SHARED.values() for name in names}
-    data = {n: x for n, x in batch.items() if n not in {*crossing, *taken, ZEROS}}
+    given = {n: x for n, x in batch.items() if n not in taken}
 $held
-    def microbatch(carry, part):
-        (losses, sums), _ = carry
-        zero, own = part
-        # As if every microbatch brought its own: else XLA works on what is received only once.
-        given = {n: jnp.where(zero == 0, x, jnp.zeros_like(x)) for n, x in crossing.items()}
-        ins = {name: given[name] for name in RETURNED}
-        made, back, rest = jax.vjp(
-            lambda p, r: loss_fn(p, {**own, **given, **r}, mesh), $read, ins, has_aux=True
-        )
-        grads, returned = back(
-            {n: given[BEHIND[n]] if n in BEHIND else jnp.ones_like(x) for n, x in made.items()}
-        )
-        found = {SENT[n]: x for n, x in (made | rest).items() if n in SENT}
-        found |= {RETURNED[n]: g for n, g in returned.items()}
-        found = {n: annotate(x, RESULTS[n][2], mesh) for n, x in found.items()}
-        total = jax.tree.map(
-            lambda t, r: t + r.astype(t.dtype) / $steps,
-            (losses, sums), ({n: made[n] for n in LOSS}, grads),
-        )
-        return (total, found), None
+    def microbatches(batch):
+        crossing = {name: batch[name] for name in (*RECEIVED, *BEHIND.values())}
+        data = {n: x for n, x in batch.items() if n not in {*crossing, ZEROS}}
 
-    losses = {n: jnp.zeros((), jnp.float32) for n in LOSS}
-    sums = {n: annotate(jnp.zeros(p.shape, $gradients), n, mesh) for n, p in params.items()}
-    room = {
-        n: annotate(jnp.zeros(*RESULTS[n][:2]), RESULTS[n][2], mesh)
-        for n in (*SENT.values(), *RETURNED.values())
-    }
-    ((losses, grads), found), _ = lax.scan(
-        microbatch, ((losses, sums), room), (batch[ZEROS], data)
-    )
-    for name, (own, others) in SHARED.items():
+        def microbatch(carry, part):
+            (losses, sums), _ = carry
+            zero, own = part
+            # As if every microbatch brought its own: else XLA works on what is received only once.
+            come = {n: jnp.where(zero == 0, x, jnp.zeros_like(x)) for n, x in crossing.items()}
+            ins = {name: come[name] for name in RETURNED}
+            made, back, rest = jax.vjp(
+                lambda p, r: loss_fn(p, {**own, **come, **r}, mesh), $read, ins, has_aux=True
+            )
+            grads, returned = back(
+                {n: come[BEHIND[n]] if n in BEHIND else jnp.ones_like(x) for n, x in made.items()}
+            )
+            found = {SENT[n]: x for n, x in (made | rest).items() if n in SENT}
+            found |= {RETURNED[n]: g for n, g in returned.items()}
+            found = {n: annotate(x, $sent[2], mesh) for n, x in found.items()}
+            total = jax.tree.map(
+                lambda t, r: t + r.astype(t.dtype) / $steps,
+                (losses, sums), ({n: made[n] for n in LOSS}, grads),
+            )
+            return (total, found), None
+
+        losses = {n: jnp.zeros((), jnp.float32) for n in LOSS}
+        sums = {
+            n: annotate(jnp.zeros(p.shape, $gradients), $sums, mesh) for n, p in params.items()
+        }
+        room = {
+            n: annotate(jnp.zeros(*$sent[:2]), $sent[2], mesh)
+            for n in (*SENT.values(), *RETURNED.values())
+        }
+        (total, found), _ = lax.scan(microbatch, ((losses, sums), room), (batch[ZEROS], data))
+        return *total, found
+
+    losses, grads, found = $summed
+$joined    for name, (own, others) in SHARED.items():
         found[own] = grads[name]
         grads[name] = sum((batch[other] for other in others), grads[name])
     new = {name: $update for name, p in params.items()}
     losses |= found
     return losses, {n: p for n, (p, _) in new.items()}, {n: s for n, (_, s) in new.items()}
+'''
+
+# Of groups of devices (see `unreduced`).
+JOINED = """    found = {n: annotate(_joined(x, n), RESULTS[n][2], mesh) for n, x in found.items()}
+"""
+CROSSING = '''
+def _sent(name):
+    """Shape, dtype and sharding of one group's part of a result."""
+    shape, dtype, where = RESULTS[name]
+    dim = SPLIT[name]
+    return (*shape[:dim], shape[dim] // GROUPS, *shape[dim + 1 :]), dtype, _within(where)
+
+
+def _joined(x, name):
+    """[groups, ..., n, ...] -> [..., groups n, ...]"""
+    dim = SPLIT[name]
+    return jnp.moveaxis(x, 0, dim).reshape(*x.shape[1 : dim + 1], -1, *x.shape[dim + 2 :])
 '''

@@ -18,7 +18,7 @@ from costmodels.program import ITEM_BYTES
 from planner.export.cotangents import Gradients
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Op, Tensor
-from planner.graph.derive import ACCUMULATE
+from planner.graph.derive import ACCUMULATE, ADDED
 from planner.graph.recompute import AGAIN, SAVED
 from planner.lowering.halo import local_op
 from planner.lowering.slices import by_slices
@@ -242,14 +242,16 @@ class _Ways:
 
 
 def _entries(result: Result, specs: Mapping[str, Spec], ways: _Ways) -> dict[Use, Copy]:
-    """Carries of loops that take several collectives to get there."""
+    """What loops carry, where it does not lie like that before. Told nothing, XLA may move it in
+    every turn."""
     found: dict[Use, Copy] = {}
     for loop in result.graph.loops():
         for carry in loop.carries if loop.phase == "forward" else ():
             source, target = specs.get(carry.init), specs.get(carry.entry)
             if source is None or target is None or source.partial or target.partial:
                 continue
-            if way := ways.between(carry.init, source, target):
+            if source != target:
+                way = ways.between(carry.init, source, target)
                 found[loop.name, carry.init] = Copy(target, True, way)
     return found
 
@@ -449,7 +451,8 @@ def _weights(result: Result, tensors: Mapping[str, Tensor]) -> set[str]:
 
 
 def _outside_loops(result: Result) -> dict[Use, Spec]:
-    """Products outside of loops by a parameter, or one that is cast, and where it lies.
+    """Products outside of loops by a parameter, or one that is cast, and where its gradient goes:
+    where microbatches add it up, or where the parameter lies.
 
     XLA's GPU compiler puts off such gradients until the loops of the backward pass are done, and
     keeps what they are made of, the gradient of all logits, as long.
@@ -461,10 +464,10 @@ def _outside_loops(result: Result) -> dict[Use, Spec]:
     for op in nodes:
         for name in op.ins if contraction_sizes(op) is not None else ():
             source = cast.get(name, name)
-            home = result.specs.get(source)
+            home = result.specs.get(f"{source}.grad{ADDED}") or result.specs.get(source)
             same = tensors[source].dims == tensors[name].dims
             if tensors[source].role == "parameter" and home is not None and same:
-                found[op.name, name] = home
+                found[op.name, name] = home.without_partial()
     return found
 
 

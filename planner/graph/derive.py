@@ -37,6 +37,7 @@ class Boundary:
 
 
 ACCUMULATE = "accumulate"  # the loop over parts of the batch
+ADDED = ".acc"  # behind a name: what they add up so far
 
 
 def all_parts(tensor: str) -> str:
@@ -183,7 +184,7 @@ def _close_accumulation(
             sizes=dict(zip(tensor.dims, tensor.shape, strict=True)), attrs={"written": True},
             roles=["gradient"],
         )  # fmt: skip
-        entry = scope.declare(replace(tensor, name=scope.unique(f"{name}.acc")))
+        entry = scope.declare(replace(tensor, name=scope.unique(f"{name}{ADDED}")))
         value = ex.add(ex.x(0), ex.div(ex.x(1), ex.c(steps)))
         exit_ = scope.map(
             f"{name}.sum", [(entry, tensor.dims), (name, tensor.dims)], tensor.dims, value,
@@ -465,7 +466,7 @@ class LoopBackward:
         if summed:
             tensor = replace(tensor, dtype="f32", role="gradient")
         init = _zeros(b, gradient, tensor, summed)
-        entry = scope.declare(replace(tensor, name=scope.unique(f"{gradient}.acc")))
+        entry = scope.declare(replace(tensor, name=scope.unique(f"{gradient}{ADDED}")))
         labels = tensor.dims
         added, value, attrs = _placed(scope, gradient) or ([(gradient, labels)], ex.x(1), {})
         total = scope.map(

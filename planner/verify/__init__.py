@@ -10,10 +10,11 @@ compiler in a process of its own, `hlo` and `hlo_reading` read what came out, `c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from costmodels.pipeline import PipelineProgram
 from planner.export.jax_ops import ExportError
-from planner.export.jax_program import result_program
+from planner.export.jax_program import planned_source, result_program
 from planner.result import Result
 from planner.verify.compare import Thresholds, Verification, compare
 from planner.verify.compile import DEFAULT_TIMEOUT_S, Compiled, compile_program
@@ -42,8 +43,9 @@ def verify(
 
     Raises BackendError (no such compiler here, or it failed) or ExportError.
     """
-    compiled = compile_result(result, backend, python, timeout_s)
-    return compare_compiled(result, compiled, thresholds)
+    source, goal = planned_source(result), backend or backend_of(result.mesh)
+    compiled = compile_program(source.text, result.mesh, goal, python, timeout_s)
+    return replace(compare_compiled(result, compiled, thresholds), note=source.note)
 
 
 def verify_stages(
@@ -55,9 +57,9 @@ def verify_stages(
         raise ValueError(f"{result.model.name} is one program")
     goal, found = backend or backend_of(result.mesh), []
     for alone in stages_alone(result):
-        compiled = compile_program(alone.source, alone.result.mesh, goal, python, timeout_s)
+        compiled = compile_program(alone.source.text, alone.result.mesh, goal, python, timeout_s)
         compared = compare_compiled(alone.result, compiled, thresholds, alone.held_bytes)
-        found.append(VerifiedStage(alone, compared))
+        found.append(VerifiedStage(alone, replace(compared, note=alone.source.note)))
     pipeline = result.model.pipeline
     return VerifiedStages(
         result.model.name, result.mesh.describe(), pipeline.schedule, pipeline.axis, tuple(found)
@@ -95,7 +97,7 @@ def compile_parts(result: Result, python: str | None = None) -> Iterator[tuple[C
         return
     goal = backend_of(result.mesh)
     for alone in stages_alone(result):
-        found = compile_program(alone.source, alone.result.mesh, goal, python)
+        found = compile_program(alone.source.text, alone.result.mesh, goal, python)
         yield found, alone.held_bytes
 
 

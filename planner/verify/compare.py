@@ -73,6 +73,7 @@ class Verification:
     collectives: tuple[Row, ...]
     raw: tuple[Row, ...]
     held_bytes: int = 0  # of the compiled peak: what the program leaves out
+    note: str = ""  # where the program does not say what the plan does
 
     @property
     def judged(self) -> tuple[Row, ...]:

@@ -58,6 +58,7 @@ def _findings(v: Verification) -> dict[str, Any]:
         "collectives": [_row(r) for r in v.collectives],
         "raw_collectives": [_row(r) for r in v.raw],
         "collective_errors": dict(summary(v.collectives)),
+        "note": v.note,
     }
 
 
@@ -120,7 +121,11 @@ def text(v: Verification) -> str:
     """Everything compared, the verdict last."""
     versions = _versions(v.compiled)
     head = f"{v.model}: predicted against the {v.compiled.backend} compiler ({versions})"
-    return "\n".join([v.mesh, head, "", *_tables(v), "", verdict(v)]) + "\n"
+    return "\n".join([v.mesh, head, *_note(v), "", *_tables(v), "", verdict(v)]) + "\n"
+
+
+def _note(v: Verification) -> list[str]:
+    return [f"not as planned: {v.note}"] if v.note else []
 
 
 def stages_text(v: VerifiedStages) -> str:
@@ -144,17 +149,11 @@ def _stage_head(s: VerifiedStage) -> list[str]:
     which = f"stage {numbers[0]}"
     if len(numbers) > 1:
         which = f"stages {numbers[0]} … {numbers[-1]}, {len(numbers)} equal ones"
-    lines = [
+    return [
         f"{which}, on {s.found.mesh}: microbatches in flight {s.alone.in_flight}, {held} added to "
-        "the compiled peak"
+        "the compiled peak",
+        *_note(s.found),
     ]
-    if s.alone.unreduced:
-        axes = " and ".join(s.alone.unreduced)
-        lines.append(
-            f"the plan reduces gradients over {axes} after the last microbatch; XLA has to do it "
-            "in each, and keeps less"
-        )
-    return lines
 
 
 def _stages_verdict(v: VerifiedStages) -> str:

@@ -19,9 +19,8 @@ from costmodels.program import ITEM_BYTES, Program
 from costmodels.schedule import BACKWARD, FORWARD
 from costmodels.simulate import simulate
 from meshes.errors import MeshError
-from planner.export.jax_program import jax_program
+from planner.export.jax_program import Source, planned_source
 from planner.export.jax_stage import Sides, stage_model
-from planner.export.placement import placement
 from planner.graph.flops import count_flops
 from planner.pipelining.stages import microbatch_loop
 from planner.result import PlannedStage, Result
@@ -44,7 +43,7 @@ class Alone:
     held_bytes: int
     unreduced: tuple[str, ...]
     result: Result
-    source: str
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -105,7 +104,7 @@ def stages_alone(result: Result) -> Iterator[Alone]:
             program=program, timing=simulate(program, inner),
             specs=planned.specs, memory=memory, flops=count_flops(planned.step), stages=(),
         )  # fmt: skip
-        source = jax_program(model, submesh, placement(alone), Sides.of(planned))
+        source = planned_source(alone, Sides.of(planned), submesh)
         yield Alone(
             tuple(numbers), pipeline.in_flight[number], held,
             _unreduced(planned, MINOR * max(profile)), replace(alone, mesh=submesh), source,

@@ -48,7 +48,7 @@ class Stage:
     def __init__(self, alone: Alone, piece: Piece, inputs: Mapping[str, Any]) -> None:
         import jax
 
-        self.program, self.piece = load(alone.source), piece
+        self.program, self.piece = load(alone.source.text), piece
         self.step = jax.jit(self.program["train_step"])
         self.batch = {n: np.zeros(*row[:2]) for n, row in self.program["INPUTS"].items()}
         self.batch |= {n: inputs[f"{n}.all"] for n in self.batch if f"{n}.all" in inputs}

@@ -1,0 +1,345 @@
+"""Gradients that stay unreduced sums until the last microbatch.
+
+XLA reduces what a loop carries in every turn. So a program whose plan does not is mapped
+(`jax.vmap`) over the groups of devices along some axes: each adds up gradients of its own part of
+every microbatch, and the sums have a dimension of groups until the loop is done. Whether that is
+the plan, and the graph that one group computes, is found here; the writing is in `jax_sources`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import prod
+
+from costmodels.program import ITEM_BYTES
+from planner.export.placement import Copy, Gradient, Placement
+from planner.graph import expr as ex
+from planner.graph.core import Dims, Graph, Loop, Node, Op, Rule, Tensor
+from planner.graph.derive import ACCUMULATE, ADDED
+from planner.result import Result
+from planner.sharding.spec import Spec
+
+MINOR = 0.01  # of all gradients: fewer may be reduced in every microbatch
+MOST = 0.1  # of the gradients that wait over an axis: so many may there be that do not
+STRAY = 0.05  # of activations, and of parameters, may lie otherwise along these axes
+
+
+class Mixed(ValueError):
+    """Groups of devices do not work by themselves; the message says why."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """`axes`: those of the groups, major first, `count` groups. `graph`: what one group computes.
+    `split`: inputs and what is sent on that have a part for every group → the dimension, in one
+    microbatch. `sums`: parameter → where a group adds up its gradient, and where the sum of all is
+    read. `place`: where all else lies, as one group has it."""
+
+    axes: tuple[str, ...]
+    count: int
+    graph: Graph
+    split: Mapping[str, int]
+    sums: Mapping[str, tuple[Spec, Spec]]
+    place: Placement
+
+
+def waiting_axes(result: Result) -> tuple[str, ...]:
+    """Mesh axes over which the gradients are summed after the last microbatch only. Raises Mixed
+    if those of some parameters are, of others not."""
+    tensors = result.graph.all_tensors()
+    sums = _accumulators(result)
+    least = MINOR * sum(tensors[name].elements for name in sums)
+    waiting: list[str] = []
+    for axis in result.plan.sizes:
+        wait = {name for name, spec in sums.items() if axis in spec.partial}
+        few, many = (sum(tensors[n].elements for n in s) for s in (wait, sums.keys() - wait))
+        if few > least and many > MOST * few:
+            raise Mixed(f"over {axis} those of other parameters are not summed at the end")
+        if few > least:
+            waiting.append(axis)
+    return tuple(waiting)
+
+
+def _accumulators(result: Result) -> dict[str, Spec]:
+    """Parameter → how what microbatches add up for its gradient lies."""
+    loops = (loop for loop in result.graph.loops() if loop.name == ACCUMULATE)
+    names = {k.entry for loop in loops for k in loop.carries}
+    both = {p.name: f"{p.name}.grad{ADDED}" for p in result.model.graph.parameters()}
+    return {p: result.specs[name] for p, name in both.items() if name in names}
+
+
+def grouped(
+    result: Result, place: Placement, sent: Collection[str] = (), loss: bool = True
+) -> Groups | None:
+    """How the plan's sums can wait; None if none of them do. `sent`: what a pipeline's stage sends
+    on, of which not every one makes a `loss`. Raises Mixed."""
+    axes = waiting_axes(result)
+    if not axes:
+        return None
+    graph, count = result.model.graph, prod(result.plan.sizes[a] for a in axes)
+    found = _Spread(graph, count)
+    found.begin(_largest_split(graph, place, axes))
+    found.check(sent, loss)
+    _check_strays(graph, place, axes, found.split)
+    outer = {*graph.inputs, *sent}
+    split = {n: min(d) for n, d in found.split.items() if n in outer}
+    sums = _sums(result, axes)
+    return Groups(axes, count, found.of_one(), split, sums, _inside(place, graph, axes))
+
+
+def _sums(result: Result, axes: Sequence[str]) -> dict[str, tuple[Spec, Spec]]:
+    read = {
+        op.ins[0]: result.plan.choices[op.name].operand(op.rule, 1)
+        for op, _ in result.graph.walk()
+        if op.phase == "update" and len(op.ins) > 1 and op.name in result.plan.choices
+    }
+    found = {}
+    for name, spec in _accumulators(result).items():
+        wanted = read.get(name)
+        lies = result.specs[name] if wanted is None or wanted.partial else wanted
+        found[name] = _without(spec, axes).without_partial(), lies
+    return found
+
+
+# ---- which dimensions groups divide --------------------------------------------------------------
+
+
+def _largest_split(graph: Graph, place: Placement, axes: Sequence[str]) -> tuple[str, int]:
+    """The dimension of the largest activation that the axes split first."""
+    best: tuple[int, str, int] | None = None
+    for name, t in _activations(graph).items():
+        spec = place.tensors.get(name)
+        for d, by in enumerate(() if spec is None else spec.dims):
+            if by[: len(axes)] == tuple(axes) and (best is None or t.elements > best[0]):
+                best = t.elements, name, d
+    if best is None:
+        raise Mixed(f"{' and '.join(axes)} split no activation")
+    return best[1], best[2]
+
+
+def _activations(graph: Graph) -> dict[str, Tensor]:
+    weights = graph.of_parameters()
+    return {n: t for n, t in graph.all_tensors().items() if n not in weights}
+
+
+@dataclass
+class _Spread:
+    """From one dimension to all that are cut with it: those that share a factor in some op."""
+
+    graph: Graph
+    count: int
+    split: dict[str, set[int]] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)  # of which every group has a summand
+
+    def begin(self, seed: tuple[str, int]) -> None:
+        self.split, known = {seed[0]: {seed[1]}}, 0
+        while (found := sum(map(len, self.split.values()))) > known:
+            known = found
+            self._scope(self.graph.nodes)
+
+    def _scope(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if isinstance(node, Op):
+                self._op(node)
+                continue
+            self._around(node)
+            self._scope(node.body.nodes)
+            self._around(node)
+
+    def _around(self, loop: Loop) -> None:
+        """What a loop hands in and out is cut alike on both sides."""
+        for k in loop.carries:
+            names = k.init, k.entry, k.exit, k.result
+            dims = {d for n in names for d in self.split.get(n, ())}
+            for n in names if dims else ():
+                self.split.setdefault(n, set()).update(dims)
+        for s in (*loop.reads, *loop.writes):
+            outer, inner = (self.split.get(n, set()) for n in (s.outer, s.inner))
+            if 0 in outer:
+                raise Mixed(f"they divide the layers of {s.outer}")
+            if dims := {d - 1 for d in outer} | inner:
+                self.split[s.inner] = dims
+                self.split[s.outer] = {d + 1 for d in dims}
+
+    def _op(self, op: Op) -> None:
+        split = self.factors(op)
+        for name, dims in _sides(op):
+            for d, factors in enumerate(dims):
+                cut = split.intersection(factors)
+                if cut and cut != {factors[0]}:
+                    raise Mixed(f"{op.name} has the parts of groups apart in {name}")
+                if cut:
+                    self.split.setdefault(name, set()).add(d)
+
+    def factors(self, op: Op) -> set[int]:
+        """The factors of an op that groups divide."""
+        sides = _sides(op)
+        return {
+            dims[d][0] for name, dims in sides for d in self.split.get(name, ()) if dims[d]
+        }
+
+    # ---- whether groups then work by themselves -----------------------------------------------
+
+    def check(self, sent: Collection[str], loss: bool) -> None:
+        for name, t in self.graph.all_tensors().items():
+            if (cut := self.split.get(name)) is None:
+                continue
+            if t.role == "parameter":
+                raise Mixed(f"they split what reads the parameter {name}")
+            if len(cut) > 1 or t.shape[min(cut)] % self.count:
+                raise Mixed(f"{name} has no equal part for each of {self.count} groups")
+        self._check_scope(self.graph.nodes)
+        for name in sent:
+            if name not in self.split:
+                raise Mixed(f"{name} is sent on whole")
+        if loss and self.graph.outputs[0] not in self.partial:
+            raise Mixed("the loss is no sum over them")
+
+    def _check_scope(self, nodes: Iterable[Node]) -> None:
+        for node in nodes:
+            if isinstance(node, Op):
+                self._check_op(node)
+            else:
+                self._check_loop(node)
+
+    def _check_loop(self, loop: Loop) -> None:
+        for s in loop.reads:
+            self._same((s.outer,), (s.inner,))
+        for k in loop.carries:
+            self._same((k.init,), (k.entry,))
+        self._check_scope(loop.body.nodes)
+        for k in loop.carries:
+            if (k.exit in self.partial) != (k.entry in self.partial):
+                raise Mixed(f"{k.result} adds up over groups in a loop")
+            self._same((k.exit,), (k.result,))
+        for s in loop.writes:
+            self._same((s.inner,), (s.outer,))
+
+    def _same(self, sources: Sequence[str], targets: Sequence[str]) -> None:
+        if self.partial.intersection(sources):
+            self.partial.update(targets)
+
+    def _check_op(self, op: Op) -> None:
+        split, rule = self.factors(op), op.rule
+        kinds = {rule.factors[f].kind for f in split}
+        windows = {f for pair in rule.windows for f in pair}
+        if not kinds <= {"parallel", "reduce"} or windows & split or "conv" in op.kind:
+            raise Mixed(f"{op.name} needs what other groups have")
+        names = {rule.factors[f].name for f in split}
+        exprs = op.attrs.get("exprs", ())
+        if any(names & ex.index_factors(e) for e in exprs):
+            raise Mixed(f"{op.name} asks for places in the batch")
+        summands = tuple(i for i, name in enumerate(op.ins) if name in self.partial)
+        if summands and (split or summands not in rule.linear):
+            raise Mixed(f"{op.name} is not linear in a sum over them")
+        for name, dims in zip(op.outs, rule.outs, strict=True):
+            made = {f for d in dims for f in d}
+            if summands or split - made:
+                self.partial.add(name)
+        if split - {f for dims in rule.outs for d in dims for f in d} and rule.combiner != "sum":
+            raise Mixed(f"{op.name} takes a maximum over them")
+
+    # ---- what one group computes ---------------------------------------------------------------
+
+    def of_one(self) -> Graph:
+        return self._cut(self.graph)
+
+    def _cut(self, graph: Graph) -> Graph:
+        tensors = {n: replace(t, shape=self._shape(t)) for n, t in graph.tensors.items()}
+        return replace(graph, tensors=tensors, nodes=tuple(map(self._node, graph.nodes)))
+
+    def _shape(self, t: Tensor) -> tuple[int, ...]:
+        cut = self.split.get(t.name, ())
+        return tuple(n // self.count if d in cut else n for d, n in enumerate(t.shape))
+
+    def _node(self, node: Node) -> Node:
+        if isinstance(node, Loop):
+            return replace(node, body=self._cut(node.body))
+        split = self.factors(node)
+        factors = tuple(
+            replace(f, size=f.size // self.count) if i in split else f
+            for i, f in enumerate(node.rule.factors)
+        )
+        return replace(node, rule=replace(node.rule, factors=factors))
+
+
+def _sides(op: Op) -> Iterator[tuple[str, Dims]]:
+    rule: Rule = op.rule
+    yield from zip((*op.ins, *op.outs), (*rule.ins, *rule.outs), strict=True)
+
+
+def _check_strays(
+    graph: Graph, place: Placement, axes: Sequence[str], split: Mapping[str, set[int]]
+) -> None:
+    """That hardly anything lies otherwise along these axes than by groups: activations will lie by
+    groups, and parameters whole."""
+
+    def astray(name: str, spec: Spec) -> bool:
+        return any(
+            not set(axes).isdisjoint(by)
+            and (d not in split.get(name, ()) or by[: len(axes)] != tuple(axes))
+            for d, by in enumerate(spec.dims)
+        )
+
+    made = {n: t for n, t in _activations(graph).items() if n not in graph.inputs}
+    read = {p.name: p for p in graph.parameters()}
+    places = {n: place.held[n][-1] if n in place.held else place.tensors.get(n) for n in read}
+    for tensors, specs in ((made, place.tensors), (read, places)):
+        held = {
+            n: (t.elements * ITEM_BYTES[t.dtype], astray(n, spec)) for n, t in tensors.items()
+            if (spec := specs.get(n)) is not None
+        }  # fmt: skip
+        stray = {n: own for n, (own, away) in held.items() if away}
+        if sum(stray.values()) > STRAY * sum(own for own, _ in held.values()):
+            raise Mixed(f"they split {max(stray, key=lambda n: stray[n])} otherwise")
+
+
+# ---- shardings inside ----------------------------------------------------------------------------
+
+
+def _without(spec: Spec, axes: Sequence[str]) -> Spec:
+    return Spec(
+        tuple(tuple(a for a in by if a not in axes) for by in spec.dims),
+        tuple(a for a in spec.partial if a not in axes),
+    )
+
+
+def _inside(place: Placement, graph: Graph, axes: Sequence[str]) -> Placement:
+    """The placement of what one group computes; arguments lie as before, and parameters that lie
+    along these axes are gathered before the first microbatch."""
+
+    def inner(spec: Spec) -> Spec:
+        return _without(spec, axes)
+
+    def all_of(specs: Iterable[Spec | None]) -> tuple[Spec, ...]:
+        return tuple(inner(s) for s in specs if s is not None)
+
+    def one(spec: Spec | None) -> Spec | None:
+        return None if spec is None else inner(spec)
+
+    arguments = {*graph.inputs, *(t.name for t in graph.parameters())}
+    made = graph.all_tensors().keys() - arguments
+    held = dict(place.held)
+    for p in graph.parameters():
+        read = place.held[p.name][-1] if p.name in place.held else place.tensors.get(p.name)
+        if read is not None and not set(axes).isdisjoint(read.axes):
+            held[p.name] = (*place.held.get(p.name, ()), inner(read))
+    return replace(
+        place,
+        tensors={n: inner(s) if n in made else s for n, s in place.tensors.items()},
+        uses={
+            use: Copy(inner(c.spec), c.bound, all_of(c.way), one(c.gradient))
+            for use, c in place.uses.items()
+        },
+        sums={n: inner(s) for n, s in place.sums.items()},
+        gradients={
+            use: Gradient(
+                all_of(g.cotangent), all_of(g.other), one(g.made), all_of(g.way), one(g.home)
+            )
+            for use, g in place.gradients.items()
+        },
+        apart={n: all_of(s) for n, s in place.apart.items()},
+        rounds={n: (inner(r), one(g)) for n, (r, g) in place.rounds.items()},
+        held=held,
+    )
