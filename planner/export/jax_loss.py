@@ -25,9 +25,10 @@ HELPERS = (
     "product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise", "put", "pop",
     "chosen_round", "lent", "rotated",
 )  # fmt: skip
+IN_COMMON = {"common": "common(", "over_groups": "common="}  # functions, and how they are asked for
 _RESERVED = {
     "jax", "jnp", "lax", "np", "P", "partial", "params", "batch", "mesh", "shard", "copy", "w",
-    "saved", *HELPERS,
+    "saved", *HELPERS, *IN_COMMON,
     *keyword.kwlist, *dir(builtins),
 }  # fmt: skip
 
@@ -48,6 +49,7 @@ class LossWriter:
     apart: Mapping[str, Sequence[Spec]] = field(default_factory=dict)  # where gradients go instead
     sliced: Collection[str] = ()  # convolutions by the program's own function
     rounds: Mapping[str, tuple[Spec, Spec | None]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()  # what groups of devices have in common
     variables: dict[str, str] = field(default_factory=dict)
     taken: set[str] = field(default_factory=set)
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -61,6 +63,11 @@ class LossWriter:
     def moved(self) -> set[str]:
         """Tensors that some op reads in another sharding than their own."""
         return {name for _, name in self.uses}
+
+    @cached_property
+    def made_in_common(self) -> set[str]:
+        """Ops on nothing but what groups have in common."""
+        return {op.name for op, _ in self.graph.walk() if self.whole.issuperset(op.outs)}
 
     def lines(self, results: Sequence[str]) -> list[str]:
         """The body of a function that makes `results`, unindented; `variables` has their names."""
@@ -96,11 +103,12 @@ class LossWriter:
         label = self.variables[op.outs[0]] if own and kept else None
         together = op.name in self.together
         plain = [self._operand(n) if j in read else "" for j, n in enumerate(op.ins)]
+        common = () if op.name in self.made_in_common else self.whole.intersection(op.ins)
         copies = [self.uses.get((op.name, n)) for n in op.ins]
         sliced = op.name in self.sliced
         text = OpText(
             op, names, targets, ins, outs, plain, copies, given, together, self.first.get(op.name),
-            label, sliced,
+            label, sliced, common,
         )  # fmt: skip
         for a in statements(text):
             code = a.code
@@ -111,6 +119,7 @@ class LossWriter:
                 self.helpers.add("lent")
                 code = f'lent({code}, rounds["{op.outs[0]}"])'
             self.helpers |= {h for h in HELPERS if a.code.startswith(f"{h}(")}
+            self.helpers |= {h for h, sign in IN_COMMON.items() if sign in a.code}
             named = [op.outs[i] for i in a.outs]
             if len(named) == 1:
                 code = self._placed(named[0], code)
@@ -144,7 +153,7 @@ class LossWriter:
 
     def _read(self, node: str, name: str) -> str:
         """A tensor as an op or a loop has it."""
-        code, copy = self._operand(name), self.uses.get((node, name))
+        code, copy = self._given(node, name), self.uses.get((node, name))
         if copy is None:
             return code
         bound = copy.bound and copy.gradient is None
@@ -153,6 +162,13 @@ class LossWriter:
         if copy.gradient is not None:
             code = f"{code[:-1]}, {partition(copy.gradient)})"
         return code
+
+    def _given(self, node: str, name: str) -> str:
+        """An operand; what groups have in common, for what one group works on."""
+        code = self._operand(name)
+        if name not in self.whole or node in self.made_in_common:
+            return code
+        return f"common({code})"
 
     def _operand(self, name: str) -> str:
         """How `name` is read; slices of annotated parameters keep the parameter's sharding."""

@@ -7,7 +7,7 @@ belong to `jax_program.py`.
 from __future__ import annotations
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -38,7 +38,8 @@ class OpText:
     `gradients`: of a product's operands, how they are made; `together`: one after the other;
     `first`: that of this operand before the other. Such a product takes its operands as they lie
     (`plain`) and reads `copies` of them. `label`: as what softmax saves its result. `sliced`: a
-    convolution or a pooling by the program's own function for few samples."""
+    convolution or a pooling by the program's own function for few samples. `common`: operands that
+    groups of devices have in common."""
 
     op: Op
     names: Sequence[str]
@@ -52,6 +53,7 @@ class OpText:
     first: str | None = None
     label: str | None = None
     sliced: bool = False
+    common: Collection[str] = ()
 
 
 def statements(text: OpText) -> list[Assignment]:
@@ -107,7 +109,8 @@ def _einsum(t: OpText, e: ex.Expr, k: int) -> str | None:
     dtypes = {t.ins[j].dtype for j in used}
     wide = t.outs[k].dtype
     prefer = "" if dtypes == {wide} else f", preferred_element_type={JNP_DTYPES[wide]}"
-    own = len(used) == 2 and not prefer and (any(t.gradients) or t.together or t.first)
+    told = any(t.gradients) or t.together or t.first or t.common
+    own = len(used) == 2 and not prefer and told
     arrays = ", ".join(
         _transposed((t.plain if own else t.names)[j], [d[0] for d in rule.ins[j]], order)
         for j, order in zip(used, orders, strict=True)
@@ -146,6 +149,8 @@ def _back(t: OpText, used: Sequence[int], orders: Sequence[Sequence[int]]) -> st
         code += f", reads=({', '.join(read)})"
     if t.first is not None:
         code += f", first={[t.op.ins[j] for j in used].index(t.first)}"
+    for k, j in enumerate(used):
+        code += f", common={k}" if t.op.ins[j] in t.common else ""
     return f"{code}, together=True" if t.together else code
 
 

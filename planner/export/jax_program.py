@@ -95,7 +95,7 @@ def jax_program(
     kept = saved_values(model) if sides is None else sides.saved
     writer = LossWriter(
         own, annotated, kept, place.uses, sums, place.gradients, place.together, place.first,
-        place.apart, place.sliced, place.rounds,
+        place.apart, place.sliced, place.rounds, frozenset() if groups is None else groups.whole,
     )  # fmt: skip
     made = stage_outputs(graph, sides.boundary) if sides else ([*graph.outputs[:1]], [])
     body, used = writer.lines([*made[0], *made[1]]), writer.helpers
@@ -168,11 +168,16 @@ def _values(
         "sums": "PARAMETERS[n][2]" if sides is None else "n",
         "summed": f"microbatches({'batch' if sides is None else 'given'})",
         "sent": "RESULTS[n]", "joined": "",
+        "common": "", "common_note": "", "and_common": "", "transposed": "_transposed_product",
+        "unplaced": _UNPLACED,
     }  # fmt: skip
     if groups is not None:
         given = "batch" if sides is None else "given"
         found |= {"sums": "SUMS[n][0]", "summed": f"by_groups(microbatches, {given}, mesh)",
                   "sent": "_sent(n)", "joined": JOINED}  # fmt: skip
+        if groups.reduced:
+            found |= {"common": "common=None, ", "common_note": _COMMON_NOTE,
+                      "and_common": ", common", "unplaced": "", "transposed": _TRANSPOSED}
     if place.held:  # microbatches read parameters where these are held
         held = "HELD[where][-1] if where in HELD else None"
         found["spec"] = f"{held}\n    spec = spec or ({found['spec']})"
@@ -188,6 +193,12 @@ def _values(
 
 _READ = """    read = {n: annotate(p, HELD[n], mesh) if n in HELD else p for n, p in params.items()}
 """
+_UNPLACED = """
+    if mesh is None:
+        return jnp.einsum(spec, a, b)"""
+_COMMON_NOTE = """Of operand `common`, which all groups read, it is made of all groups at once.
+    """
+_TRANSPOSED = "(_over_groups if k == common else _transposed_product)"
 _SOFTMAX_NOTE = """ The barrier keeps XLA's
     GPU compiler from making the result again, of logits that it would have to keep, and from
     widening what it reads."""
@@ -392,6 +403,7 @@ def _groups_source(groups: Groups | None, tables: _Tables) -> Iterator[list[str]
     split = {n: d + 1 if n in tables.inputs() else d for n, d in groups.split.items()}
     split = split if tables.sides is None else split_rows(tables.sides, split)
     axes = ", ".join(f'"{axis}"' for axis in groups.axes)
+    reduced = str(tuple(sorted(groups.reduced))).replace("'", '"')
     sums = {n: f"({partition(one)}, {partition(all_)})" for n, (one, all_) in groups.sums.items()}
     yield [
         "# Groups of devices along these axes add up gradients by themselves, until the last",
@@ -401,6 +413,8 @@ def _groups_source(groups: Groups | None, tables: _Tables) -> Iterator[list[str]
         *_table("SPLIT", {n: str(d) for n, d in split.items()}),
         "# Where a group adds up a gradient, and where the sum of all is wanted.",
         *_table("SUMS", sums),
+        "# Parameters whose gradients are summed in every microbatch.",
+        f"REDUCED = {reduced}",
     ]
 
 

@@ -111,7 +111,8 @@ softmax.defvjp(_softmax_forward, _softmax_gradient)
 
 PRODUCT = '''
 def placed_product(
-    spec, a, b, gradients=(None, None), reads=(None, None), together=False, first=None, mesh=None
+    spec, a, b, gradients=(None, None), reads=(None, None), together=False, first=None,
+    ${common}mesh=None
 ):
     """jnp.einsum(spec, a, b), with gradients that are made as `gradients` says.
 
@@ -120,10 +121,8 @@ def placed_product(
     None is the compiler's.
     `reads`: where the product itself reads its operands. With `together` nothing of the backward
     pass comes between the two gradients; that of operand `first` is made before the other.
-    """
-    if mesh is None:
-        return jnp.einsum(spec, a, b)
-    return _placed_product(spec, gradients, reads, (together, first), mesh, a, b)
+    $common_note"""$unplaced
+    return _placed_product(spec, gradients, reads, (together, first$and_common), mesh, a, b)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
@@ -135,14 +134,18 @@ def _placed(x, where, mesh):
     return x if where is None else annotate(x, where, mesh)
 
 
+def _transposed_product(spec, k, x, other, g):
+    """The gradient of operand k, which is like x."""
+    both = (lambda x: (x, other)) if k == 0 else (lambda x: (other, x))
+    return jax.linear_transpose(lambda x: jnp.einsum(spec, *both(x)), x)(g)[0]
+
+
 def _product_gradients(spec, gradients, reads, order, mesh, operands, g):
-    (together, first), found = order, [None, None]
+    (together, first$and_common), found = order, [None, None]
     for k in (1, 0) if first == 1 else (0, 1):
         cotangent, other, *places = gradients[k] or (None, None)
         other = _placed(operands[1 - k], other or reads[1 - k], mesh)
-        both = (lambda x: (x, other)) if k == 0 else (lambda x: (other, x))
-        product = lambda x: jnp.einsum(spec, *both(x))
-        (made,) = jax.linear_transpose(product, operands[k])(_placed(g, cotangent, mesh))
+        made = $transposed(spec, k, operands[k], other, _placed(g, cotangent, mesh))
         made = annotate(made, tuple(places), mesh)
         if k == first:
             made, g = lax.optimization_barrier((made, g))
@@ -153,6 +156,40 @@ def _product_gradients(spec, gradients, reads, order, mesh, operands, g):
 _placed_product.defvjp(
     lambda *where: (_placed_product(*where), where[-2:]), _product_gradients
 )
+'''
+
+COMMON = '''
+@jax.custom_vjp
+def common(x):
+    """x, a parameter or made of some, whose gradient is summed over all groups at once."""
+    return x
+
+
+common.defvjp(lambda x: (x, None), lambda _, g: (lax.psum(g, "groups"),))
+'''
+
+OVER_GROUPS = '''
+def _over_groups(spec, k, x, other, g):
+    """The gradient of an operand that all groups have in common, of all groups at once."""
+
+    @jax.custom_batching.custom_vmap
+    def gradient(other, g):
+        return _transposed_product(spec, k, x, other, g)
+
+    @gradient.def_vmap
+    def of_all(count, mapped, *given):
+        given = (v if m else jnp.broadcast_to(v, (count, *v.shape)) for v, m in zip(given, mapped))
+        sides, result = spec.split("->")
+        sides = sides.split(",")
+        sides[1 - k] = f"_{sides[1 - k]}"
+        whole = f"{','.join(sides)}->_{result}".replace("_", _letter(spec))
+        return _transposed_product(whole, k, x, *given), False
+
+    return gradient(other, g)
+
+
+def _letter(spec):
+    return next(c for c in "abcdefghijklmnopqrstuvwxyz" if c not in spec)
 '''
 
 SLICEWISE = '''
@@ -311,9 +348,9 @@ lent.defvjp(lambda value, owner: (value, None), lambda _, g: (None, g))
 '''
 
 FUNCTIONS = {  # written if one of them is called
-    ("softmax",): SOFTMAX, ("product",): PRODUCT,
+    ("softmax",): SOFTMAX, ("product",): PRODUCT, ("over_groups",): OVER_GROUPS,
     ("slicewise", "spread_slicewise", "max_pool_slicewise"): SLICEWISE, ("put", "pop"): SLOTS,
-    ("chosen_round",): ROUNDS, ("rotated",): ROTATED,
+    ("chosen_round",): ROUNDS, ("rotated",): ROTATED, ("common",): COMMON,
 }  # fmt: skip
 
 MOVED = '''
@@ -365,9 +402,19 @@ def by_groups(function, batch, mesh=None):
     """
     axes = {n: 0 if n in SPLIT else None for n in batch}
     parts = {n: x if axes[n] is None else _parted(x, n, mesh) for n, x in batch.items()}
-    losses, grads, *rest = jax.vmap(function, (axes,), spmd_axis_name=UNREDUCED)(parts)
+
+    def of_group(batch):
+        losses, grads, *rest = function(batch)
+        return (losses, {n: g for n, g in grads.items() if n not in REDUCED}, rest), {
+            n: grads[n] for n in REDUCED
+        }
+
+    (losses, grads, rest), reduced = jax.vmap(
+        of_group, (axes,), (0, None), axis_name="groups", spmd_axis_name=UNREDUCED
+    )(parts)
     losses, grads = jax.tree.map(lambda x: jnp.sum(x, 0), (losses, grads))
-    return losses, {n: annotate(g, SUMS[n][1], mesh) for n, g in grads.items()}, *rest
+    grads = {n: annotate(g, SUMS[n][1], mesh) for n, g in grads.items()}
+    return losses, grads | reduced, *rest
 
 
 def _parted(x, name, mesh):

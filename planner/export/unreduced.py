@@ -15,13 +15,13 @@ from math import prod
 from costmodels.program import ITEM_BYTES
 from planner.export.placement import Copy, Gradient, Placement
 from planner.graph import expr as ex
+from planner.graph.builder import contraction_sizes
 from planner.graph.core import Dims, Graph, Loop, Node, Op, Rule, Tensor
 from planner.graph.derive import ACCUMULATE, ADDED
 from planner.result import Result
 from planner.sharding.spec import Spec
 
-MINOR = 0.01  # of all gradients: fewer may be reduced in every microbatch
-MOST = 0.1  # of the gradients that wait over an axis: so many may there be that do not
+MINOR = 0.01  # of all gradients: fewer need not wait
 STRAY = 0.05  # of activations, and of parameters, may lie otherwise along these axes
 
 
@@ -34,31 +34,37 @@ class Groups:
     """`axes`: those of the groups, major first, `count` groups. `graph`: what one group computes.
     `split`: inputs and what is sent on that have a part for every group → the dimension, in one
     microbatch. `sums`: parameter → where a group adds up its gradient, and where the sum of all is
-    read. `place`: where all else lies, as one group has it."""
+    read. `reduced`: parameters whose gradients are summed over groups in every microbatch; `whole`:
+    these, their pieces and what is made of them alone, which groups have in common. `place`: where
+    all else lies, as one group has it."""
 
     axes: tuple[str, ...]
     count: int
     graph: Graph
     split: Mapping[str, int]
     sums: Mapping[str, tuple[Spec, Spec]]
+    reduced: frozenset[str]
+    whole: frozenset[str]
     place: Placement
 
 
-def waiting_axes(result: Result) -> tuple[str, ...]:
-    """Mesh axes over which the gradients are summed after the last microbatch only. Raises Mixed
-    if those of some parameters are, of others not."""
-    tensors = result.graph.all_tensors()
-    sums = _accumulators(result)
-    least = MINOR * sum(tensors[name].elements for name in sums)
-    waiting: list[str] = []
-    for axis in result.plan.sizes:
-        wait = {name for name, spec in sums.items() if axis in spec.partial}
-        few, many = (sum(tensors[n].elements for n in s) for s in (wait, sums.keys() - wait))
-        if few > least and many > MOST * few:
-            raise Mixed(f"over {axis} those of other parameters are not summed at the end")
-        if few > least:
-            waiting.append(axis)
-    return tuple(waiting)
+def _waiting(result: Result) -> tuple[tuple[str, ...], set[str]]:
+    """Mesh axes over which gradients are summed after the last microbatch only, and the parameters
+    of which they are not. Raises Mixed if some wait over a part of these axes."""
+    tensors, sums = result.graph.all_tensors(), _accumulators(result)
+
+    def much(names: Iterable[str]) -> bool:
+        least = MINOR * sum(tensors[p].elements for p in sums)
+        return sum(tensors[p].elements for p in names) > least
+
+    axes = tuple(
+        axis for axis in result.plan.sizes if much(p for p in sums if axis in sums[p].partial)
+    )
+    reduced = {p for p, spec in sums.items() if not set(axes) <= set(spec.partial)}
+    partly = sorted(p for p in reduced if not set(axes).isdisjoint(sums[p].partial))
+    if much(partly):
+        raise Mixed(f"that of {partly[0]} waits over a part of {' and '.join(axes)}")
+    return axes, reduced
 
 
 def _accumulators(result: Result) -> dict[str, Spec]:
@@ -74,21 +80,27 @@ def grouped(
 ) -> Groups | None:
     """How the plan's sums can wait; None if none of them do. `sent`: what a pipeline's stage sends
     on, of which not every one makes a `loss`. Raises Mixed."""
-    axes = waiting_axes(result)
+    axes, reduced = _waiting(result)
     if not axes:
         return None
     graph, count = result.model.graph, prod(result.plan.sizes[a] for a in axes)
     found = _Spread(graph, count)
     found.begin(_largest_split(graph, place, axes))
     found.check(sent, loss)
-    _check_strays(graph, place, axes, found.split)
+    _check_strays(graph, place, axes, found.split, reduced)
     outer = {*graph.inputs, *sent}
     split = {n: min(d) for n, d in found.split.items() if n in outer}
-    sums = _sums(result, axes)
-    return Groups(axes, count, found.of_one(), split, sums, _inside(place, graph, axes))
+    whole = graph.of_parameters(reduced)
+    return Groups(
+        axes, count, found.of_one(), split, _sums(result, axes, reduced), frozenset(reduced),
+        frozenset(whole),
+        _inside(place, graph, axes, whole),
+    )  # fmt: skip
 
 
-def _sums(result: Result, axes: Sequence[str]) -> dict[str, tuple[Spec, Spec]]:
+def _sums(
+    result: Result, axes: Sequence[str], reduced: Collection[str]
+) -> dict[str, tuple[Spec, Spec]]:
     read = {
         op.ins[0]: result.plan.choices[op.name].operand(op.rule, 1)
         for op, _ in result.graph.walk()
@@ -98,7 +110,8 @@ def _sums(result: Result, axes: Sequence[str]) -> dict[str, tuple[Spec, Spec]]:
     for name, spec in _accumulators(result).items():
         wanted = read.get(name)
         lies = result.specs[name] if wanted is None or wanted.partial else wanted
-        found[name] = _without(spec, axes).without_partial(), lies
+        each = spec if name in reduced else _without(spec, axes)
+        found[name] = each.without_partial(), lies
     return found
 
 
@@ -270,10 +283,11 @@ def _sides(op: Op) -> Iterator[tuple[str, Dims]]:
 
 
 def _check_strays(
-    graph: Graph, place: Placement, axes: Sequence[str], split: Mapping[str, set[int]]
-) -> None:
+    graph: Graph, place: Placement, axes: Sequence[str], split: Mapping[str, set[int]],
+    reduced: Collection[str],
+) -> None:  # fmt: skip
     """That hardly anything lies otherwise along these axes than by groups: activations will lie by
-    groups, and parameters whole."""
+    groups, and parameters whose gradients wait whole."""
 
     def astray(name: str, spec: Spec) -> bool:
         return any(
@@ -283,7 +297,7 @@ def _check_strays(
         )
 
     made = {n: t for n, t in _activations(graph).items() if n not in graph.inputs}
-    read = {p.name: p for p in graph.parameters()}
+    read = {p.name: p for p in graph.parameters() if p.name not in reduced}
     places = {n: place.held[n][-1] if n in place.held else place.tensors.get(n) for n in read}
     for tensors, specs in ((made, place.tensors), (read, places)):
         held = {
@@ -305,9 +319,12 @@ def _without(spec: Spec, axes: Sequence[str]) -> Spec:
     )
 
 
-def _inside(place: Placement, graph: Graph, axes: Sequence[str]) -> Placement:
-    """The placement of what one group computes; arguments lie as before, and parameters that lie
-    along these axes are gathered before the first microbatch."""
+def _inside(
+    place: Placement, graph: Graph, axes: Sequence[str], whole: set[str]
+) -> Placement:
+    """The placement of what one group computes. Arguments lie as before, and so does what groups
+    have in common (`whole`); other parameters that lie along these axes are gathered before the
+    first microbatch."""
 
     def inner(spec: Spec) -> Spec:
         return _without(spec, axes)
@@ -318,28 +335,36 @@ def _inside(place: Placement, graph: Graph, axes: Sequence[str]) -> Placement:
     def one(spec: Spec | None) -> Spec | None:
         return None if spec is None else inner(spec)
 
-    arguments = {*graph.inputs, *(t.name for t in graph.parameters())}
-    made = graph.all_tensors().keys() - arguments
+    tensors = graph.all_tensors()
+    common = {op.name for op, _ in graph.walk() if whole.issuperset(op.outs)}
+    # Gradients of what these read are made of all groups at once; of other ops, summed afterwards.
+    products = {
+        op.name for op, _ in graph.walk()
+        if contraction_sizes(op) and len({tensors[n].dtype for n in (*op.ins, *op.outs)}) == 1
+    }  # fmt: skip
+    made = tensors.keys() - {*graph.inputs, *whole}
     held = dict(place.held)
-    for p in graph.parameters():
-        read = place.held[p.name][-1] if p.name in place.held else place.tensors.get(p.name)
+    for name in (p.name for p in graph.parameters() if p.name not in whole):
+        read = held[name][-1] if name in held else place.tensors.get(name)
         if read is not None and not set(axes).isdisjoint(read.axes):
-            held[p.name] = (*place.held.get(p.name, ()), inner(read))
+            held[name] = (*held.get(name, ()), inner(read))
     return replace(
         place,
         tensors={n: inner(s) if n in made else s for n, s in place.tensors.items()},
         uses={
-            use: Copy(inner(c.spec), c.bound, all_of(c.way), one(c.gradient))
-            for use, c in place.uses.items()
+            (node, name): c if node in common or (node in products and name in whole)
+            else Copy(inner(c.spec), c.bound, all_of(c.way), one(c.gradient))
+            for (node, name), c in place.uses.items()
         },
-        sums={n: inner(s) for n, s in place.sums.items()},
+        sums={n: s if n in whole else inner(s) for n, s in place.sums.items()},
         gradients={
-            use: Gradient(
+            use: replace(g, cotangent=all_of(g.cotangent), other=all_of(g.other))
+            if use[1] in whole else Gradient(
                 all_of(g.cotangent), all_of(g.other), one(g.made), all_of(g.way), one(g.home)
             )
             for use, g in place.gradients.items()
         },
-        apart={n: all_of(s) for n, s in place.apart.items()},
+        apart={n: s if n in whole else all_of(s) for n, s in place.apart.items()},
         rounds={n: (inner(r), one(g)) for n, (r, g) in place.rounds.items()},
         held=held,
-    )
+    )  # fmt: skip

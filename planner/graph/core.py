@@ -13,7 +13,7 @@ Only data types and their consistency checks live here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -176,9 +176,11 @@ class Graph:
     def parameters(self) -> tuple[Tensor, ...]:
         return tuple(self.tensors[n] for n in self.inputs if self.tensors[n].role == "parameter")
 
-    def of_parameters(self) -> set[str]:
-        """Parameters, one layer's pieces of them, and what is made of them alone."""
-        found = {t.name for t in self.all_tensors().values() if t.role == "parameter"}
+    def of_parameters(self, names: Collection[str] | None = None) -> set[str]:
+        """Parameters (`names`: only of these), one layer's pieces of them, and what is made of
+        them alone."""
+        tensors = self.all_tensors().values()
+        found = {t.name for t in tensors if t.role == "parameter"} if names is None else {*names}
         self._add_made_of(found)
         return found
 
