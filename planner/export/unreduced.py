@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from math import prod
 
 from costmodels.program import ITEM_BYTES
-from planner.export.placement import Copy, Gradient, Placement
+from planner.export.placement import Copy, Gradient, Placement, Use
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Dims, Graph, Loop, Node, Op, Rule, Tensor
@@ -22,7 +22,8 @@ from planner.result import Result
 from planner.sharding.spec import Spec
 
 MINOR = 0.01  # of all gradients: fewer need not wait
-STRAY = 0.05  # of activations, and of parameters, may lie otherwise along these axes
+MOST = 0.1  # of all gradients: if no more do not wait, they may as well
+STRAY = 0.05  # of activations may lie otherwise along these axes
 
 
 class Mixed(ValueError):
@@ -52,19 +53,20 @@ def _waiting(result: Result) -> tuple[tuple[str, ...], set[str]]:
     """Mesh axes over which gradients are summed after the last microbatch only, and the parameters
     of which they are not. Raises Mixed if some wait over a part of these axes."""
     tensors, sums = result.graph.all_tensors(), _accumulators(result)
+    whole = sum(tensors[p].elements for p in sums)
 
-    def much(names: Iterable[str]) -> bool:
-        least = MINOR * sum(tensors[p].elements for p in sums)
-        return sum(tensors[p].elements for p in names) > least
+    def share(names: Iterable[str]) -> float:
+        return sum(tensors[p].elements for p in names) / max(whole, 1)
 
     axes = tuple(
-        axis for axis in result.plan.sizes if much(p for p in sums if axis in sums[p].partial)
-    )
+        axis for axis in result.plan.sizes
+        if share(p for p in sums if axis in sums[p].partial) > MINOR
+    )  # fmt: skip
     reduced = {p for p, spec in sums.items() if not set(axes) <= set(spec.partial)}
     partly = sorted(p for p in reduced if not set(axes).isdisjoint(sums[p].partial))
-    if much(partly):
+    if share(partly) > MINOR:
         raise Mixed(f"that of {partly[0]} waits over a part of {' and '.join(axes)}")
-    return axes, reduced
+    return axes, reduced if share(reduced) > MOST else set()
 
 
 def _accumulators(result: Result) -> dict[str, Spec]:
@@ -87,13 +89,12 @@ def grouped(
     found = _Spread(graph, count)
     found.begin(_largest_split(graph, place, axes))
     found.check(sent, loss)
-    _check_strays(graph, place, axes, found.split, reduced)
+    _check_strays(graph, place, axes, found.split)
     outer = {*graph.inputs, *sent}
     split = {n: min(d) for n, d in found.split.items() if n in outer}
-    whole = graph.of_parameters(reduced)
+    whole = frozenset(graph.of_parameters(reduced))
     return Groups(
-        axes, count, found.of_one(), split, _sums(result, axes, reduced), frozenset(reduced),
-        frozenset(whole),
+        axes, count, found.of_one(), split, _sums(result, axes, reduced), frozenset(reduced), whole,
         _inside(place, graph, axes, whole),
     )  # fmt: skip
 
@@ -283,11 +284,9 @@ def _sides(op: Op) -> Iterator[tuple[str, Dims]]:
 
 
 def _check_strays(
-    graph: Graph, place: Placement, axes: Sequence[str], split: Mapping[str, set[int]],
-    reduced: Collection[str],
-) -> None:  # fmt: skip
-    """That hardly anything lies otherwise along these axes than by groups: activations will lie by
-    groups, and parameters whose gradients wait whole."""
+    graph: Graph, place: Placement, axes: Sequence[str], split: Mapping[str, set[int]]
+) -> None:
+    """That hardly any activations lie otherwise along these axes than by groups."""
 
     def astray(name: str, spec: Spec) -> bool:
         return any(
@@ -296,17 +295,13 @@ def _check_strays(
             for d, by in enumerate(spec.dims)
         )
 
-    made = {n: t for n, t in _activations(graph).items() if n not in graph.inputs}
-    read = {p.name: p for p in graph.parameters() if p.name not in reduced}
-    places = {n: place.held[n][-1] if n in place.held else place.tensors.get(n) for n in read}
-    for tensors, specs in ((made, place.tensors), (read, places)):
-        held = {
-            n: (t.elements * ITEM_BYTES[t.dtype], astray(n, spec)) for n, t in tensors.items()
-            if (spec := specs.get(n)) is not None
-        }  # fmt: skip
-        stray = {n: own for n, (own, away) in held.items() if away}
-        if sum(stray.values()) > STRAY * sum(own for own, _ in held.values()):
-            raise Mixed(f"they split {max(stray, key=lambda n: stray[n])} otherwise")
+    held = {
+        n: t.elements * ITEM_BYTES[t.dtype] for n, t in _activations(graph).items()
+        if n in place.tensors and n not in graph.inputs
+    }  # fmt: skip
+    stray = {n: own for n, own in held.items() if astray(n, place.tensors[n])}
+    if sum(stray.values()) > STRAY * sum(held.values()):
+        raise Mixed(f"they split {max(stray, key=lambda n: stray[n])} otherwise")
 
 
 # ---- shardings inside ----------------------------------------------------------------------------
@@ -320,11 +315,10 @@ def _without(spec: Spec, axes: Sequence[str]) -> Spec:
 
 
 def _inside(
-    place: Placement, graph: Graph, axes: Sequence[str], whole: set[str]
+    place: Placement, graph: Graph, axes: Sequence[str], whole: frozenset[str]
 ) -> Placement:
-    """The placement of what one group computes. Arguments lie as before, and so does what groups
-    have in common (`whole`); other parameters that lie along these axes are gathered before the
-    first microbatch."""
+    """The placement of what one group computes. Parameters and what is made of them alone lie as
+    before, and so do the gradients of those that groups have in common (`whole`)."""
 
     def inner(spec: Spec) -> Spec:
         return _without(spec, axes)
@@ -335,36 +329,49 @@ def _inside(
     def one(spec: Spec | None) -> Spec | None:
         return None if spec is None else inner(spec)
 
-    tensors = graph.all_tensors()
+    tensors, weights = graph.all_tensors(), graph.of_parameters()
     common = {op.name for op, _ in graph.walk() if whole.issuperset(op.outs)}
     # Gradients of what these read are made of all groups at once; of other ops, summed afterwards.
     products = {
         op.name for op, _ in graph.walk()
         if contraction_sizes(op) and len({tensors[n].dtype for n in (*op.ins, *op.outs)}) == 1
     }  # fmt: skip
-    made = tensors.keys() - {*graph.inputs, *whole}
-    held = dict(place.held)
-    for name in (p.name for p in graph.parameters() if p.name not in whole):
-        read = held[name][-1] if name in held else place.tensors.get(name)
-        if read is not None and not set(axes).isdisjoint(read.axes):
-            held[name] = (*held.get(name, ()), inner(read))
+
+    def copy(node: str, name: str, c: Copy) -> Copy:
+        if node in common or (node in products and name in whole):
+            return c
+        if name in weights:
+            return Copy(c.spec, c.bound, c.way, inner(c.gradient or c.spec) if c.bound else None)
+        return Copy(inner(c.spec), c.bound, all_of(c.way), one(c.gradient))
+
+    def gradient(use: Use, g: Gradient) -> Gradient:
+        read = replace(g, cotangent=all_of(g.cotangent), other=all_of(g.other))
+        if use[1] in whole:
+            return read
+        return replace(read, made=one(g.made), way=all_of(g.way), home=one(g.home))
+
+    apart = {n: s if n in whole else all_of(s) for n, s in place.apart.items()}
+    for name, spec in _read_at(place, graph).items():
+        if name not in whole and not set(axes).isdisjoint(spec.axes):
+            apart.setdefault(name, (inner(spec),))
+    made = tensors.keys() - {*graph.inputs, *weights}
     return replace(
         place,
         tensors={n: inner(s) if n in made else s for n, s in place.tensors.items()},
-        uses={
-            (node, name): c if node in common or (node in products and name in whole)
-            else Copy(inner(c.spec), c.bound, all_of(c.way), one(c.gradient))
-            for (node, name), c in place.uses.items()
-        },
-        sums={n: s if n in whole else inner(s) for n, s in place.sums.items()},
-        gradients={
-            use: replace(g, cotangent=all_of(g.cotangent), other=all_of(g.other))
-            if use[1] in whole else Gradient(
-                all_of(g.cotangent), all_of(g.other), one(g.made), all_of(g.way), one(g.home)
-            )
-            for use, g in place.gradients.items()
-        },
-        apart={n: s if n in whole else all_of(s) for n, s in place.apart.items()},
+        uses={use: copy(*use, c) for use, c in place.uses.items()},
+        sums={n: s if n in weights else inner(s) for n, s in place.sums.items()},
+        gradients={use: gradient(use, g) for use, g in place.gradients.items()},
+        apart=apart,
         rounds={n: (inner(r), one(g)) for n, (r, g) in place.rounds.items()},
-        held=held,
-    )  # fmt: skip
+    )
+
+
+def _read_at(place: Placement, graph: Graph) -> dict[str, Spec]:
+    """Where parameters, their slices in loops and what is made of them alone lie inside."""
+    found = {n: s for n, s in place.tensors.items() if n in graph.of_parameters()}
+    found |= {n: places[-1] for n, places in place.held.items()}
+    for loop in graph.loops():
+        for s in loop.reads:
+            if s.outer in found:
+                found[s.inner] = Spec(found[s.outer].dims[1:])
+    return found
