@@ -18,7 +18,7 @@ from costmodels.program import ITEM_BYTES
 from planner.export.cotangents import Gradients
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Loop, Op, Tensor
-from planner.graph.derive import ACCUMULATE, ADDED
+from planner.graph.derive import ACCUMULATE, added_up
 from planner.graph.recompute import AGAIN, SAVED
 from planner.lowering.halo import local_op
 from planner.lowering.slices import by_slices
@@ -464,7 +464,7 @@ def _outside_loops(result: Result) -> dict[Use, Spec]:
     for op in nodes:
         for name in op.ins if contraction_sizes(op) is not None else ():
             source = cast.get(name, name)
-            home = result.specs.get(f"{source}.grad{ADDED}") or result.specs.get(source)
+            home = result.specs.get(added_up(result.graph, source)) or result.specs.get(source)
             same = tensors[source].dims == tensors[name].dims
             if tensors[source].role == "parameter" and home is not None and same:
                 found[op.name, name] = home.without_partial()

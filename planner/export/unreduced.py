@@ -17,7 +17,7 @@ from planner.export.placement import Copy, Gradient, Placement, Use
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes
 from planner.graph.core import Dims, Graph, Loop, Node, Op, Rule, Tensor
-from planner.graph.derive import ACCUMULATE, ADDED
+from planner.graph.derive import ACCUMULATE, added_up
 from planner.result import Result
 from planner.sharding.spec import Spec
 
@@ -73,8 +73,8 @@ def _accumulators(result: Result) -> dict[str, Spec]:
     """Parameter → how what microbatches add up for its gradient lies."""
     loops = (loop for loop in result.graph.loops() if loop.name == ACCUMULATE)
     names = {k.entry for loop in loops for k in loop.carries}
-    both = {p.name: f"{p.name}.grad{ADDED}" for p in result.model.graph.parameters()}
-    return {p: result.specs[name] for p, name in both.items() if name in names}
+    sums = {p.name: added_up(result.graph, p.name) for p in result.model.graph.parameters()}
+    return {p: result.specs[name] for p, name in sums.items() if name in names}
 
 
 def grouped(

@@ -40,6 +40,11 @@ ACCUMULATE = "accumulate"  # the loop over parts of the batch
 ADDED = ".acc"  # behind a name: what they add up so far
 
 
+def added_up(step: Graph, tensor: str) -> str:
+    """What parts of the batch add up for a tensor's gradient, as each finds it."""
+    return f"{step.cotangents.get(tensor, f'{tensor}.grad')}{ADDED}"
+
+
 def all_parts(tensor: str) -> str:
     """The stack of a tensor over the parts of the batch."""
     return f"{tensor}.all"

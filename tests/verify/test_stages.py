@@ -174,13 +174,15 @@ def test_export_names_the_nearest_plan_in_one_program(schedule: str, words: str)
 
 @pytest.mark.compiler
 def test_the_tpu_compiler_agrees_about_every_stage() -> None:
-    """On sub-tori of two chips. Gradients are reduced in every microbatch, where the plan does it
-    once a step: JAX cannot say it."""
+    """On sub-tori of two chips; gradients are reduced once a step."""
     pytest.importorskip("libtpu")
     result = planned("1f1b", "tpu-v4:2x2x2", batch=64, width=512, compute="bf16")
     v = verify_stages(result)
     assert [s.alone.result.mesh.topology.dims for s in v.stages] == [(1, 1, 2)] * 3
     for s in v.stages:
+        assert s.found.note == ""
         rows = {r.name: r for r in s.found.rows}
         assert rows["arguments"].error == pytest.approx(0, abs=0.001), stages_text(v)
         assert rows["FLOPs per device"].error == pytest.approx(0, abs=0.001), stages_text(v)
+        moved = {r.name: r for r in s.found.collectives}
+        assert moved["reduce-scatter over data"].error == pytest.approx(0, abs=0.02), stages_text(v)
