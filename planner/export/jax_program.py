@@ -37,8 +37,9 @@ from planner.export.jax_stage import (
     step_source,
 )
 from planner.export.placement import Placement, Update, placement
-from planner.export.unreduced import Groups, Mixed, grouped
+from planner.export.unreduced import Groups, grouped
 from planner.graph.core import Graph, Tensor
+from planner.graph.parting import NotAlone
 from planner.graph.saving import saved_values
 from planner.model import SEVERAL_CHUNKS, Model, Pipeline, Training, remat_text
 from planner.pipelining.stacked import stacked
@@ -72,7 +73,7 @@ def planned_source(
     crossing = () if sides is None else (*sides.boundary.received, *sides.boundary.sent)
     try:
         groups = grouped(result, place, crossing, sides is None or sides.boundary.loss)
-    except Mixed as reason:
+    except NotAlone as reason:
         note = f"gradients that the plan reduces once a step are reduced in every part: {reason}"
     place = place if groups is None else groups.place
     text = jax_program(model, mesh or result.mesh, place, sides, groups, note)
@@ -112,7 +113,7 @@ def jax_program(
         filled(HELPERS, values),
         *(filled(text, values) for names, text in FUNCTIONS.items() if used & {*names}),
         ["def loss_fn(params, batch, mesh=None):",
-         f'    """{_does(training, sides)}"""',
+         f'    """{_does(training, sides, groups)}"""',
          "    shard, copy = partial(annotate, mesh=mesh), partial(annotate_value, mesh=mesh)",
          *(("    product = partial(placed_product, mesh=mesh)",) if "product" in used else ()),
          *(f"    {line}" if line else "" for line in body)],
@@ -150,7 +151,9 @@ def nearest_in_one_program(pipeline: Pipeline) -> str:
     return " ".join(f"--set pipeline.{key}={value}" for key, value in wanted.items())
 
 
-def _does(training: Training, sides: Sides | None) -> str:
+def _does(training: Training, sides: Sides | None, groups: Groups | None) -> str:
+    if sides is None and groups is not None:
+        return "What one group of devices adds to the loss of a microbatch."
     if sides is None:
         return f"Loss of one {'microbatch' if training.accumulation_steps > 1 else 'batch'}."
     return "What one microbatch leaves the stage with: with a gradient, and without."
