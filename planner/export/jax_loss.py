@@ -23,7 +23,7 @@ LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 # Functions of the program, written if they are called.
 HELPERS = (
     "product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise", "put", "pop",
-    "chosen_round", "lent", "rotated",
+    "chosen_round", "lent", "rotated", "reread",
 )  # fmt: skip
 IN_COMMON = {"common": "common(", "over_groups": "common="}  # functions, and how they are asked for
 _RESERVED = {
@@ -110,8 +110,16 @@ class LossWriter:
             op, names, targets, ins, outs, plain, copies, given, together, self.first.get(op.name),
             label, sliced, common,
         )  # fmt: skip
+        turned = self._turned(op, read)
+        if turned is not None:
+            names[op.ins.index(turned)] = "v"
         for a in statements(text):
             code = a.code
+            if turned is not None:
+                copy = self.uses[op.name, turned]
+                where = f"{partition(copy.spec)}, {partition(copy.gradient or copy.spec)}"
+                code = f"reread(lambda v: {code}, {self._operand(turned)}, {where}, mesh)"
+                self.helpers.add("reread")
             if op.attrs.get("onehot") == "choose" and op.ins[0] in self.rounds:
                 whole = self.rounds[op.ins[0]][0]
                 code = f"copy({code}, {partition(Spec(whole.dims[1:]))})"
@@ -162,6 +170,16 @@ class LossWriter:
         if copy.gradient is not None:
             code = f"{code[:-1]}, {partition(copy.gradient)})"
         return code
+
+    def _turned(self, op: Op, read: Sequence[int]) -> str | None:
+        """The only operand of an op that makes its gradient of it as it lies otherwise."""
+        names = {op.ins[j] for j in read}
+        if op.kind != "map" or op.attrs.get("vjp") or op.attrs.get("onehot") or len(names) != 1:
+            return None
+        name = names.pop()
+        copy = self.uses.get((op.name, name))
+        turned = copy is not None and copy.turned and not copy.way
+        return name if turned and name not in self.whole and len(read) == 1 else None
 
     def _given(self, node: str, name: str) -> str:
         """An operand; what groups have in common, for what one group works on."""

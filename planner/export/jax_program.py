@@ -201,7 +201,7 @@ _UNPLACED = """
         return jnp.einsum(spec, a, b)"""
 _COMMON_NOTE = """Of operand `common`, which all groups read, it is made of all groups at once.
     """
-_TRANSPOSED = "(_over_groups if k == common else _transposed_product)"
+_TRANSPOSED = "_over_groups if k == common else _transposed_product"
 _SOFTMAX_NOTE = """ The barrier keeps XLA's
     GPU compiler from making the result again, of logits that it would have to keep, and from
     widening what it reads."""
@@ -417,7 +417,7 @@ def _groups_source(groups: Groups | None, tables: _Tables) -> Iterator[list[str]
         "# Where a group adds up a gradient, and where the sum of all is wanted.",
         *_table("SUMS", sums),
         "# Parameters whose gradients are summed in every microbatch.",
-        f"REDUCED = {reduced}",
+        *wrapped(f"REDUCED = {reduced}"),
     ]
 
 

@@ -145,7 +145,8 @@ def _product_gradients(spec, gradients, reads, order, mesh, operands, g):
     for k in (1, 0) if first == 1 else (0, 1):
         cotangent, other, *places = gradients[k] or (None, None)
         other = _placed(operands[1 - k], other or reads[1 - k], mesh)
-        made = $transposed(spec, k, operands[k], other, _placed(g, cotangent, mesh))
+        transposed = $transposed
+        made = transposed(spec, k, operands[k], other, _placed(g, cotangent, mesh))
         made = annotate(made, tuple(places), mesh)
         if k == first:
             made, g = lax.optimization_barrier((made, g))
@@ -156,6 +157,22 @@ def _product_gradients(spec, gradients, reads, order, mesh, operands, g):
 _placed_product.defvjp(
     lambda *where: (_placed_product(*where), where[-2:]), _product_gradients
 )
+'''
+
+REREAD = '''
+@partial(jax.custom_vjp, nondiff_argnums=(0, 2, 3, 4))
+def reread(function, x, where, gradient, mesh=None):
+    """function(x), of x as `where` says. Its gradient is made of x as `gradient` says, and lies so;
+    JAX would make it of the copy that the function has read, and that would have to move."""
+    return function(annotate(x, where, mesh))
+
+
+def _reread_gradient(function, where, gradient, mesh, x, g):
+    (made,) = jax.vjp(function, annotate(x, gradient, mesh))[1](g)
+    return (annotate(made, gradient, mesh),)
+
+
+reread.defvjp(lambda f, x, *where: (reread(f, x, *where), x), _reread_gradient)
 '''
 
 COMMON = '''
@@ -349,6 +366,7 @@ lent.defvjp(lambda value, owner: (value, None), lambda _, g: (None, g))
 
 FUNCTIONS = {  # written if one of them is called
     ("softmax",): SOFTMAX, ("product",): PRODUCT, ("over_groups",): OVER_GROUPS,
+    ("reread",): REREAD,
     ("slicewise", "spread_slicewise", "max_pool_slicewise"): SLICEWISE, ("put", "pop"): SLOTS,
     ("chosen_round",): ROUNDS, ("rotated",): ROTATED, ("common",): COMMON,
 }  # fmt: skip

@@ -43,6 +43,11 @@ class Copy:
     way: Sequence[Spec] = ()
     gradient: Spec | None = None
 
+    @property
+    def turned(self) -> bool:
+        """Whether an axis splits another dimension of its gradient."""
+        return self.gradient is not None and _moves(self.spec, self.gradient)
+
 
 @dataclass(frozen=True)
 class Gradient:

@@ -31,6 +31,7 @@ from planner.graph.core import Graph, Loop, Tensor
 from planner.graph.derive import training_step
 from planner.graph.optimizers import RATE
 from planner.model import OPTIMIZERS, Model, Pipeline, Remat, Training
+from planner.modelfile import load_model
 from planner.pipelining.stacked import stacked
 from planner.planning import price_annotations
 from planner.sharding.choices import Choice
@@ -475,6 +476,33 @@ def test_uneven_activations_are_padded_by_the_compiler(tmp_path: Path) -> None:
         for t in (result.graph.tensors[n] for n in result.graph.inputs)
     )
     run_sharded(result_program(result), tmp_path)
+
+
+TURNED = """
+training: {batch: B, optimizer: sgd, compute: f32}
+graph:
+  inputs: {x: "f32[B, S, D]"}
+  params: {w: "[D, F]"}
+  ops:
+    - h = einsum("B S D, D F -> B S F", x, w)
+    - s = sum(square(h), over=[F])
+    - loss = mean(square(s)) + mean(h)
+dims: {B: 8, S: 4, D: 16, F: 32}
+"""
+
+
+def test_a_gradient_that_lies_otherwise_is_made_of_what_was_copied(tmp_path: Path) -> None:
+    """Squares are added up by batch, their gradient is made by features: of the operand, which is
+    whole, and not of the slice that was read, which would have to be exchanged."""
+    model = load_model(TURNED, "turned")
+    whole, features = Spec((("x",), (), ())), Spec((("x",), (), ("y",)))
+    batch = Spec((("x", "y"), (), ()))
+    copies = {("s.square", "h"): Copy(batch, True, (), features)}
+    source = jax_program(model, MESH, Placement({"h": whole}, copies))
+    assert "reread( lambda v: jnp.square(v), h, " in " ".join(source.split())
+    run_sharded(source, tmp_path)
+    plain = {("s.square", "h"): Copy(batch, True)}
+    assert "reread" not in jax_program(model, MESH, Placement({"h": whole}, plain))
 
 
 @pytest.mark.slow
