@@ -172,14 +172,13 @@ class LossWriter:
         return code
 
     def _turned(self, op: Op, read: Sequence[int]) -> str | None:
-        """The only operand of an op that makes its gradient of it as it lies otherwise."""
-        names = {op.ins[j] for j in read}
-        if op.kind != "map" or op.attrs.get("vjp") or op.attrs.get("onehot") or len(names) != 1:
+        """The only operand of an op whose gradient is made of it, as it lies otherwise."""
+        if op.kind != "map" or op.attrs.get("vjp") or op.attrs.get("onehot") or len(read) != 1:
             return None
-        name = names.pop()
-        copy = self.uses.get((op.name, name))
+        name, copy = op.ins[read[0]], self.uses.get((op.name, op.ins[read[0]]))
         turned = copy is not None and copy.turned and not copy.way
-        return name if turned and name not in self.whole and len(read) == 1 else None
+        linear = (read[0],) in op.rule.linear  # then the gradient does not depend on the operand
+        return name if turned and not linear and name not in self.whole else None
 
     def _given(self, node: str, name: str) -> str:
         """An operand; what groups have in common, for what one group works on."""
