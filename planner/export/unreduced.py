@@ -202,7 +202,7 @@ def _inside(
         return replace(read, made=one(g.made), way=all_of(g.way), home=one(g.home))
 
     apart = {n: s if n in whole else all_of(s) for n, s in place.apart.items()}
-    for name, spec in _read_at(place, graph).items():
+    for name, spec in _read_at(place, graph, weights).items():
         if name not in whole and not set(axes).isdisjoint(spec.axes):
             apart.setdefault(name, (inner(spec),))
     made = tensors.keys() - {*graph.inputs, *weights}
@@ -217,9 +217,9 @@ def _inside(
     )
 
 
-def _read_at(place: Placement, graph: Graph) -> dict[str, Spec]:
+def _read_at(place: Placement, graph: Graph, weights: Collection[str]) -> dict[str, Spec]:
     """Where parameters, their slices in loops and what is made of them alone lie inside."""
-    found = {n: s for n, s in place.tensors.items() if n in graph.of_parameters()}
+    found = {n: s for n, s in place.tensors.items() if n in weights}
     found |= {n: places[-1] for n, places in place.held.items()}
     for loop in graph.loops():
         for s in loop.reads:

@@ -7,7 +7,7 @@ Whatever else needs another part is refused. Nothing here knows devices or plans
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 from planner.graph import expr as ex
@@ -116,20 +116,20 @@ class _Parting:
 
     def _check_loop(self, loop: Loop) -> None:
         for s in loop.reads:
-            self._same((s.outer,), (s.inner,))
+            self._same(s.outer, s.inner)
         for k in loop.carries:
-            self._same((k.init,), (k.entry,))
+            self._same(k.init, k.entry)
         self._check_scope(loop.body.nodes)
         for k in loop.carries:
             if (k.exit in self.partial) != (k.entry in self.partial):
                 raise NotAlone(f"{k.result} adds up over groups in a loop")
-            self._same((k.exit,), (k.result,))
+            self._same(k.exit, k.result)
         for s in loop.writes:
-            self._same((s.inner,), (s.outer,))
+            self._same(s.inner, s.outer)
 
-    def _same(self, sources: Sequence[str], targets: Sequence[str]) -> None:
-        if self.partial.intersection(sources):
-            self.partial.update(targets)
+    def _same(self, source: str, target: str) -> None:
+        if source in self.partial:
+            self.partial.add(target)
 
     def _check_op(self, op: Op) -> None:
         split, rule = self.factors(op), op.rule
