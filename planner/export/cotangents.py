@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from planner.graph.core import Op
 from planner.result import Result
@@ -32,8 +32,14 @@ class Gradients:
         """Where all terms of a gradient are added up, or the only one lies; None where the plan
         says several places."""
         terms = self.terms.get(name, {})
-        read = {x for op, _ in terms.values() for x in op.ins}
-        return _only(self._place(out) for out in terms if out not in read)
+        added = {x for op, _ in terms.values() for x in op.ins}
+        last = [out for out in terms if out not in added]
+        lies = _only(self._place(out) for out in last)
+        return lies or _only(_only(self._read(out)) for out in last)
+
+    def made(self, gradient: str) -> Spec | None:
+        """Where a gradient is made; None if loops do."""
+        return self._made(*self.makers[gradient]) if gradient in self.makers else None
 
     def of_use(self, op: Op, name: str) -> Spec | None:
         """Where the term of the gradient lies that one reader of the tensor is the cause of."""
@@ -46,6 +52,16 @@ class Gradients:
         maker = self._maker(name, other)
         made = None if maker is None else self._made(*maker)
         return made.without_partial() if made and made.partial else None
+
+    def made_of(self, name: str, other: str) -> tuple[Spec | None, Spec | None]:
+        """How `other` is read where the one term is made that is made of it, too, and where that
+        term lies before it is reduced."""
+        maker = self._maker(name, other)
+        if maker is None:
+            return None, None
+        op, k = maker
+        read = self.choices[op.name].operand(op.rule, op.ins.index(other))
+        return read, self._made(op, k).without_partial()
 
     def sums(self, name: str) -> int:
         """How many terms of a gradient are made as sums over devices."""
@@ -81,7 +97,7 @@ class Gradients:
                 yield None if spec.partial else spec
 
 
-def _only(specs: Iterator[Spec | None]) -> Spec | None:
+def _only(specs: Iterable[Spec | None]) -> Spec | None:
     found = {*specs}
     return found.pop() if len(found) == 1 else None
 

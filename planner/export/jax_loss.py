@@ -23,7 +23,7 @@ LINE = 88  # columns of a statement before it is indented (loops stand deeper)
 # Functions of the program, written if they are called.
 HELPERS = (
     "product", "softmax", "slicewise", "spread_slicewise", "max_pool_slicewise", "put", "pop",
-    "chosen_round", "lent", "rotated", "reread",
+    "chosen_round", "lent", "rotated", "reread", "lookup",
 )  # fmt: skip
 IN_COMMON = {"common": "common(", "over_groups": "common="}  # functions, and how they are asked for
 _RESERVED = {

@@ -73,7 +73,7 @@ def _one(code: str) -> list[Assignment]:
 
 def _map(t: OpText) -> list[Assignment]:
     if t.op.attrs.get("onehot") == "take":
-        return _one(_as(f'jnp.take({t.names[0]}, {t.names[1]}, axis=0, mode="clip")', t, 0))
+        return _one(_as(_lookup(t), t, 0))
     if t.op.attrs.get("onehot") == "choose":
         return _one(f"chosen_round({t.names[0]}, {t.names[1]}, {t.op.attrs['turns']})")
     if t.op.attrs.get("vjp") == "softmax":
@@ -82,6 +82,15 @@ def _map(t: OpText) -> list[Assignment]:
     if t.op.attrs.get("stop"):
         return [Assignment(a.outs, f"lax.stop_gradient({a.code})") for a in found]
     return found
+
+
+def _lookup(t: OpText) -> str:
+    table, indices = t.names[:2]
+    given = t.gradients[0] if t.gradients else None
+    if given is None:
+        return f'jnp.take({table}, {indices}, axis=0, mode="clip")'
+    read, made = (partition(spec) for spec in (*given.other, given.made) if spec is not None)
+    return f"lookup({table}, {indices}, {read}, {made}, mesh)"
 
 
 def _map_result(t: OpText, k: int) -> str:

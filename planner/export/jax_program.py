@@ -186,7 +186,7 @@ def _values(
         found["spec"] = f"{held}\n    spec = spec or ({found['spec']})"
         found["read"], found["held"] = "read", _READ
     if place.updates:
-        found["update"] = "moved_update(name, p, grads[name], states[name], mesh)"
+        found["update"] = "moved_update(name, p, grads, states, mesh)"
     if sides is not None:
         found["results"] = "_map_rows(lambda row: NamedSharding(mesh, row[2]), RESULTS)"
     if place.barrier:  # XLA's TPU compiler copies what is behind a barrier, and needs none

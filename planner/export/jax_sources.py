@@ -175,6 +175,26 @@ def _reread_gradient(function, where, gradient, mesh, x, g):
 reread.defvjp(lambda f, x, *where: (reread(f, x, *where), x), _reread_gradient)
 '''
 
+LOOKUP = '''
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def lookup(table, indices, where, made, mesh=None):
+    """Rows of a table. Its gradient is made of indices that lie as `where` says, and lies as `made`
+    says; JAX would make it of the indices as they were looked up."""
+    return jnp.take(table, indices, axis=0, mode="clip")
+
+
+def _lookup_gradient(where, made, mesh, operands, g):
+    table, indices = operands[0], annotate(operands[1], where, mesh)
+    rows = lambda table: jnp.take(table, indices, axis=0, mode="clip")
+    return annotate(jax.linear_transpose(rows, table)(g)[0], made, mesh), None
+
+
+lookup.defvjp(
+    lambda table, indices, *where: (lookup(table, indices, *where), (table, indices)),
+    _lookup_gradient,
+)
+'''
+
 COMMON = '''
 @jax.custom_vjp
 def common(x):
@@ -366,14 +386,15 @@ lent.defvjp(lambda value, owner: (value, None), lambda _, g: (None, g))
 
 FUNCTIONS = {  # written if one of them is called
     ("softmax",): SOFTMAX, ("product",): PRODUCT, ("over_groups",): OVER_GROUPS,
-    ("reread",): REREAD,
+    ("reread",): REREAD, ("lookup",): LOOKUP,
     ("slicewise", "spread_slicewise", "max_pool_slicewise"): SLICEWISE, ("put", "pop"): SLOTS,
     ("chosen_round",): ROUNDS, ("rotated",): ROTATED, ("common",): COMMON,
 }  # fmt: skip
 
 MOVED = '''
-def moved_update(name, p, g, state, mesh=None):
-    """update(name, p, g, state), where the plan makes it."""
+def moved_update(name, p, grads, states, mesh=None):
+    """update(name, p, grads[name], states[name]), where the plan makes it."""
+    g, state = grads[name], states[name]
     if mesh is None or name not in UPDATES:
         return update(name, p, g, state)
     there, given, back = UPDATES[name]

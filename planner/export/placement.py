@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 from costmodels.program import ITEM_BYTES
 from planner.export.cotangents import Gradients
@@ -51,9 +52,10 @@ class Copy:
 
 @dataclass(frozen=True)
 class Gradient:
-    """How the gradient of one operand of a product is made: the places that the result's gradient
-    and the other operand pass, the last of them where they are read, and where the sums lie; what
-    is empty is left to the compiler. `way`: places that the sums pass to who reads them."""
+    """How the gradient of one operand of a product, or of a table, is made: the places that the
+    result's gradient and the other operand pass, the last of them where they are read, and where
+    the sums lie; what is empty is left to the compiler. `way`: places that the sums pass to who
+    reads them."""
 
     cotangent: Sequence[Spec] = ()
     other: Sequence[Spec] = ()
@@ -143,24 +145,27 @@ def _inside(result: Result, ways: _Ways) -> Placement:
             home = specs.get(name)
             if home is None or spec.partial or spec == home:
                 continue
-            if op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
-                continue  # compilers have better ways than gathering the table
+            if gpu and op.attrs.get("onehot") and name == op.ins[0] and not _keeps(home, spec):
+                continue  # GPUs' compiler has not been asked what it does when told
             bound = _bound(home, spec)
             made = made_at.of_use(op, name) if bound else None
             uses[op.name, name] = Copy(
-                spec, bound or _into_stages(op), ways.between(name, home, spec),
+                spec, bound or _into_stages(op), ways.to_reader(name, home, spec),
                 None if made == spec else made,
             )  # fmt: skip
         made = choice.result(op.rule, 0, order)
         product, lies = contraction_sizes(op) is not None, specs.get(op.outs[0], made)
-        exchanged = product and _moves(made, lies)
+        looked_up = op.attrs.get("onehot") == "take" and not gpu
+        exchanged = (product or looked_up) and _moves(made, lies)
         gathered = made.axes and not made.partial and made != lies
         if product and made.partial:
             sums[op.outs[0]] = made.without_partial()
         elif exchanged or (gpu and gathered and _narrows(op, tensors)):
             sums[op.outs[0]] = made
     weights = _weights(result, tensors)
-    gradients = _gradients(result, ways, weights)
+    gradients = _gradients(result, made_at, ways, weights)
+    if not gpu:
+        gradients |= _lookups(result, made_at)
     at_once = _outside_loops(result) if gpu else {}
     for use, home in at_once.items():
         gradients[use] = replace(gradients.get(use, Gradient()), home=home)
@@ -181,26 +186,37 @@ def _updates(result: Result, ways: _Ways) -> dict[str, Update]:
     """Told nothing, XLA moves a gradient once for every moment of an optimizer."""
     found = {}
     order = [name for name, _ in result.mesh.axes]
+    made_at = Gradients(result)
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
-        if op.phase != "update" or choice is None or len(op.ins) < 2:
+        new = op.outs[0]
+        parameter = result.graph.aliases.get(new, "")
+        gradient = _updated_with(op, parameter, ways.tensors)
+        if op.phase != "update" or choice is None or gradient is None:
             continue
-        (parameter, gradient), new = op.ins[:2], op.outs[0]
         home, lies = (result.specs.get(name) for name in (parameter, gradient))
         if home is None or parameter not in result.model.graph.inputs:
             continue
-        here, there = choice.operand(op.rule, 0), choice.operand(op.rule, 1)
+        here, there = (choice.operand(op.rule, op.ins.index(n)) for n in (parameter, gradient))
         made = choice.result(op.rule, 0, order)
         before, after = ways.between(parameter, home, here), ways.between(new, made, home)
         apart = bool(before or after)
-        open_ = lies is None or lies.partial or there.partial
-        path = () if lies is None or open_ else ways.path(gradient, lies, there)
+        path = ways.along(gradient, (made_at.made(gradient), lies, there))
         given = [move.result for move in path] if any(m.kind not in FREE for m in path) else ()
         if apart or given:
             found[parameter] = Update(
                 (*before, here) if apart else (), given, (made, *after) if apart else ()
             )
     return found
+
+
+def _updated_with(op: Op, parameter: str, tensors: Mapping[str, Tensor]) -> str | None:
+    """The gradient that an update reads beside the parameter; factored moments are smaller."""
+    if parameter not in op.ins:
+        return None
+    shape = tensors[parameter].shape
+    others = (n for n in op.ins if tensors[n].role not in ("parameter", "state"))
+    return next((n for n in others if tensors[n].shape == shape), None)
 
 
 def _sliced(result: Result) -> set[str]:
@@ -238,12 +254,29 @@ class _Ways:
         t = self.tensors[name]
         return self.resharder.path(source, target, t.shape, ITEM_BYTES[t.dtype]) or ()
 
+    def along(self, name: str, places: Sequence[Spec | None]) -> Sequence[Move]:
+        """From the first of the places that is known to the last; none if that leaves sums."""
+        known = [p for p in places if p is not None]
+        if known and known[0].partial:
+            known = known[1:]
+        if any(p.partial for p in known):
+            return ()
+        return [m for a, b in pairwise(known) for m in self.path(name, a, b)]
+
     def between(self, name: str, source: Spec, target: Spec) -> Sequence[Spec]:
         """The places between, where several collectives follow each other. Compilers do not find
         those: XLA's gathers all of the tensor on every device, and its gradient."""
         path = self.path(name, source, target)
         several = sum(move.kind not in FREE for move in path) > 1
         return tuple(move.result for move in path[:-1]) if several else ()
+
+    def to_reader(self, name: str, source: Spec, target: Spec) -> Sequence[Spec]:
+        """The same, and what is left of a copy that is cut before it is gathered: XLA gathers it
+        first, 500 MiB of LaMDA's table where 8 are read."""
+        path = self.path(name, source, target)
+        if path and path[0].kind == "slice":
+            return tuple(move.result for move in path[:-1])
+        return self.between(name, source, target)
 
 
 def _entries(result: Result, specs: Mapping[str, Spec], ways: _Ways) -> dict[Use, Copy]:
@@ -275,6 +308,20 @@ def _tables(result: Result, specs: Mapping[str, Spec], made_at: Gradients) -> di
     return found
 
 
+def _lookups(result: Result, made_at: Gradients) -> dict[Use, Gradient]:
+    """Tables whose gradients are made of indices that lie otherwise than where rows are looked up.
+    XLA would move the rows' gradients to where the indices lie."""
+    found = {}
+    for op, _ in result.graph.walk():
+        if op.phase != "forward" or op.attrs.get("onehot") != "take":
+            continue
+        table, indices = op.ins[:2]
+        read, made = made_at.made_of(table, indices)
+        if read is not None and read != _operands(op, result).get(indices):
+            found[op.name, table] = Gradient((), (read,), made)
+    return found
+
+
 def only(result: Result, names: Collection[str]) -> Placement:
     """Where the arguments lie, and of the activations only the named ones: all else is the
     compiler's."""
@@ -293,7 +340,7 @@ def _on_gpu(result: Result) -> bool:
 
 
 def _gradients(
-    result: Result, ways: _Ways, weights: Collection[str]
+    result: Result, made_at: Gradients, ways: _Ways, weights: Collection[str]
 ) -> dict[Use, Gradient]:  # fmt: skip
     """Of products whose gradients the plan makes otherwise than a compiler would, told nothing:
     split otherwise than the products, of what is exchanged first, or reduced another way."""
@@ -329,7 +376,7 @@ def _gradients(
             )  # fmt: skip
             if any(reasons):
                 found[op.name, name] = Gradient(
-                    (*_between(cotangent, pulled, result, ways), pulled),
+                    (*_from_maker(cotangent, pulled, result, made_at, ways), pulled),
                     (
                         *_through(again, other, read, result, ways),
                         *_between(again, read, result, ways), read,
@@ -384,6 +431,16 @@ def _between(name: str, read: Spec, result: Result, ways: _Ways) -> Sequence[Spe
     """Places that a tensor passes between where it lies and where it is read."""
     lies = result.specs.get(name, read)
     return () if lies.partial or read.partial else ways.between(name, lies, read)
+
+
+def _from_maker(
+    name: str, read: Spec, result: Result, made_at: Gradients, ways: _Ways
+) -> Sequence[Spec]:  # fmt: skip
+    """Places that a gradient passes from where it is made to where it is read, by several
+    collectives: also those on the way to where it lies."""
+    path = ways.along(name, (made_at.made(name), result.specs.get(name), read))
+    several = sum(move.kind not in FREE for move in path) > 1
+    return tuple(move.result for move in path[:-1]) if several else ()
 
 
 def _through(
@@ -480,7 +537,7 @@ def _narrows(op: Op, tensors: Mapping[str, Tensor]) -> bool:
     """Whether an op ends by narrowing what it has computed: a cast, or anything that is wider in
     between. Told where that is, a compiler narrows it before it is gathered."""
     out = tensors[op.outs[0]].dtype
-    wide = (tensors[n].dtype for n in op.ins if tensors[n].dtype[0] in "bf")
+    wide = (tensors[n].dtype for n in op.ins if tensors[n].floating)
     return op.kind == "map" and any(ITEM_BYTES[d] > ITEM_BYTES[out] for d in wide)
 
 

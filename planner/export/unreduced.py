@@ -197,7 +197,7 @@ def _inside(
 
     def gradient(use: Use, g: Gradient) -> Gradient:
         read = replace(g, cotangent=all_of(g.cotangent), other=all_of(g.other))
-        if use[1] in whole:
+        if use[1] in whole and use[0] in products:
             return read
         return replace(read, made=one(g.made), way=all_of(g.way), home=one(g.home))
 

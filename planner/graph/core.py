@@ -21,6 +21,7 @@ from typing import Any
 ROLES = (
     "input", "parameter", "state", "cache", "gradient", "residual", "activation", "scalar",
 )  # fmt: skip
+FLOATS = ("f64", "f32", "bf16", "f16", "f8")
 ARGUMENTS = ("input", "parameter", "state", "cache")  # roles of what a step is given
 
 
@@ -37,6 +38,11 @@ class Tensor:
     @property
     def elements(self) -> int:
         return prod(self.shape)
+
+    @property
+    def floating(self) -> bool:
+        """Whether it has a gradient: numbers and truth values have none."""
+        return self.dtype in FLOATS
 
 
 @dataclass(frozen=True)

@@ -330,10 +330,10 @@ def differentiable(
     nodes: Sequence[Node], roots: Iterable[str], lookup: Callable[[str], Tensor]
 ) -> set[str]:
     """The tensors of one scope through which gradients of `roots` pass."""
-    found = set(roots)
+    found = {root for root in roots if lookup(root).floating}
     for node in nodes:
         if found & set(node.ins) and not _stopped(node):
-            found.update(o for o in node.outs if lookup(o).dtype[0] in "bf")
+            found.update(o for o in node.outs if lookup(o).floating)
     return found
 
 
@@ -385,7 +385,7 @@ class LoopBackward:
         entries = {}
         for carry in self.loop.carries:
             result = self.outer.b.lookup(self.cotangents.get(carry.result, carry.result))
-            if result.dtype[0] not in "bf":
+            if not result.floating:
                 continue
             name = scope.unique(f"{carry.exit}.grad.in")
             dims = scope.lookup(carry.exit).dims

@@ -6,6 +6,7 @@ from given_choices import chosen
 from small_models import decoder
 
 import meshes
+from planner.export.jax_program import result_program
 from planner.export.placement import Copy, Gradient, placement
 from planner.planning import price_annotations
 from planner.sharding.spec import Spec
@@ -70,3 +71,49 @@ def test_sums_are_scattered_before_an_axis_moves_on() -> None:
     assert placement(apart).gradients[use].way == [Spec(((), ("y", "x")))]
     beside = chosen(result, **batch, **{"layers.w1[i].grad": {"F": ("x", "y")}})
     assert use not in placement(beside).gradients
+
+
+def test_tables_are_gathered_where_the_plan_gathers_them() -> None:
+    """XLA looked Mixtral's up by columns instead, and exchanged the rows."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"table.cast": ((), ("x",))})
+    whole = chosen(result, **{"x": {"B": ("x",)}})
+    assert placement(whole).uses["x", "table.cast"].spec == Spec(((), ()))
+    by_column = chosen(result, **{"x": {"D": ("x",)}})
+    assert ("x", "table.cast") not in placement(by_column).uses
+
+
+def test_tables_are_cut_before_they_are_gathered() -> None:
+    """XLA gathered rows first, all columns of each: 500 MiB of LaMDA's table instead of 8."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"table.cast": (("x",), ())})
+    found = chosen(result, **{"x": {"D": ("y",)}})
+    told = placement(found).uses["x", "table.cast"]
+    assert (*told.way, told.spec) == (Spec((("x",), ("y",))), Spec(((), ("y",))))
+
+
+def test_rows_found_by_columns_are_exchanged_afterwards() -> None:
+    by_batch = {"layers.x.in": (("x",), (), ()), "x": (("x",), (), ())}
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, by_batch)
+    assert placement(chosen(result, **{"x": {"D": ("x",)}})).sums["x"] == Spec(((), (), ("x",)))
+    assert "x" not in placement(chosen(result, **{"x": {"B": ("x",)}})).sums
+
+
+def test_gradients_of_tables_are_made_of_indices_where_the_plan_has_them() -> None:
+    """XLA moved the gradients of GShard's rows back to where the indices had been looked up."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"ids": (("x", "y"), ())})
+    use, batch = ("x", "table.cast"), {"B": ("x", "y")}
+    mixed = chosen(result, **{"x": batch, "table.cast.grad_2": {"B": ("x",), "D": ("y",)}})
+    told = placement(mixed).gradients[use]
+    assert (told.other, told.made) == ((Spec((("x",), ())),), Spec(((), ("y",))))
+    assert "lookup(" in result_program(mixed)
+    alike = chosen(result, **{"x": batch, "table.cast.grad_2": batch})
+    assert use not in placement(alike).gradients
+    assert "lookup(" not in result_program(alike)
+
+
+def test_terms_of_a_gradient_are_added_up_where_they_are_read() -> None:
+    """A table's two gradients are made in different places, and go to a third: bound to lie like
+    the table, GLaM's were gathered."""
+    result = price_annotations(decoder(8, optimizer="sgd"), TPU, {"table": ((), ())})
+    split = {"table.cast.grad": {"V": ("x",)}, "table.cast.grad_2": {"D": ("y",)}}
+    found = chosen(result, **split, **{"table.grad": {"D": ("x", "y")}})
+    assert placement(found).apart["table.cast"] == (Spec(((), ("x", "y"))),)

@@ -347,7 +347,7 @@ def test_updates_made_elsewhere_are_the_same(tmp_path: Path) -> None:
         updates={"layers.w1": Update((between, columns), (columns,), (columns, between))},
     )
     source = jax_program(f32(support.transformer(optimizer="momentum")), MESH, place)
-    assert "moved_update(name, p, grads[name], states[name], mesh)" in source
+    assert "moved_update(name, p, grads, states, mesh)" in source
     run_sharded(source, tmp_path)
 
 
@@ -503,6 +503,20 @@ def test_a_gradient_that_lies_otherwise_is_made_of_what_was_copied(tmp_path: Pat
     run_sharded(source, tmp_path)
     plain = {("s.square", "h"): Copy(batch, True)}
     assert "reread" not in jax_program(model, MESH, Placement({"h": whole}, plain))
+
+
+def test_rows_of_tables_and_their_gradients_are_the_same(tmp_path: Path) -> None:
+    """A table that is gathered for its rows, whose gradient is made of indices elsewhere."""
+    rows, columns = Spec((("y",), (), ())), Spec(((), ("x",)))
+    place = Placement(
+        {"table": columns, "ids": Spec((("y",), ())), "x": rows},
+        uses={("x", "table.cast"): Copy(Spec(((), ())), True, (Spec(((), ("y",))),))},
+        gradients={("x", "table.cast"): Gradient((), (Spec((("x",), ())),), columns)},
+        apart={"x": (Spec((("x",), (), ("y",))),)},
+    )
+    source = jax_program(f32(support.transformer(optimizer="adamw")), MESH, place)
+    assert "lookup(" in source
+    run_sharded(source, tmp_path)
 
 
 @pytest.mark.slow
