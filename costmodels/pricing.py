@@ -25,7 +25,10 @@ def kernel_seconds(chip: Chip, kernel: Kernel) -> float:
     """Time of one local computation: a matmul, or a memory-bound pass over its arrays."""
     if kernel.matmul is not None:
         batch, m, n, k = kernel.matmul
-        return float(matmul_seconds(chip, batch, m, n, k, kernel.dtype))
+        work, read = kernel.vector_flops, kernel.fused_bytes
+        return float(
+            matmul_seconds(chip, batch, m, n, k, kernel.dtype, vector_flops=work, more_bytes=read)
+        )
     if kernel.bytes == 0:
         return 0.0
     return float(stream_seconds(chip, kernel.bytes, kernel.vector_flops, kernel.dtype))
@@ -41,7 +44,11 @@ def many_kernel_seconds(chip: Chip, kernels: Sequence[Kernel]) -> NDArray[np.flo
     for (product, dtype), rows in alike.items():
         if product:
             batch, m, n, k = np.array([kernels[i].matmul for i in rows], dtype=float).T
-            seconds[rows] = matmul_seconds(chip, batch, m, n, k, dtype)
+            read = np.array([kernels[i].fused_bytes for i in rows])
+            work = np.array([kernels[i].vector_flops for i in rows])
+            seconds[rows] = matmul_seconds(
+                chip, batch, m, n, k, dtype, vector_flops=work, more_bytes=read
+            )
             continue
         moved = np.array([kernels[i].bytes for i in rows])
         work = np.array([kernels[i].vector_flops for i in rows])
@@ -72,7 +79,9 @@ class Prices:
     """What has been priced on one mesh so far, by all that a price depends on."""
 
     mesh: LogicalMesh
-    _kernels: dict[tuple[_Matmul | None, str, float, float], float] = field(default_factory=dict)
+    _kernels: dict[tuple[_Matmul | None, str, float, float, float], float] = field(
+        default_factory=dict
+    )
     _moves: dict[tuple[str, tuple[str, ...], int], float] = field(default_factory=dict)
 
     def seconds(self, instruction: Instruction) -> float:
@@ -88,7 +97,8 @@ class Prices:
         return found
 
     def kernel(self, kernel: Kernel) -> float:
-        key = (kernel.matmul, kernel.dtype, kernel.bytes, kernel.vector_flops)
+        work = kernel.vector_flops, kernel.fused_bytes
+        key = (kernel.matmul, kernel.dtype, kernel.bytes, *work)
         found = self._kernels.get(key)
         if found is None:
             found = self._kernels[key] = kernel_seconds(self.mesh.chip, kernel)

@@ -55,6 +55,7 @@ class Kernel:
     `dtype`: of the operands of a contraction; of other work, the narrowest type it touches.
     `matmul` is (batch, m, n, k) for contractions. `bytes` is what it moves through device
     memory, `vector_flops` its elementwise work. `model_flops` counts the useful matmul work.
+    A product may do elementwise work, too, and read `fused_bytes` for it besides its operands.
     `copies`: of which array a TPU makes copies beside it (position of the operand, -1 the result),
     and how many.
     """
@@ -68,6 +69,7 @@ class Kernel:
     payload: Any = None
     offsets: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     copies: tuple[int, int] = (0, 0)
+    fused_bytes: float = 0.0
 
     @property
     def flops(self) -> float:

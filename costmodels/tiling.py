@@ -108,7 +108,7 @@ def tile_convolutions(program: Program) -> Program:
     moved = {b for i, _ in program.instructions() if i.outs[0] in scratch for b in i.ins}
     return replace(
         program, buffers=buffers, block=_without_passes(program.block, remade.keys() - moved),
-        copies=(*program.copies, *lasting), remade=remade, scratch=scratch,
+        copies=(*program.copies, *lasting), remade={**program.remade, **remade}, scratch=scratch,
     )  # fmt: skip
 
 

@@ -35,6 +35,7 @@ from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
 from planner.ilp import Look, Outcome, Problem, quick_bound, solve
 from planner.ilp.clock import Clock
+from planner.lowering.inside import inside_products
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model, Training
 from planner.pins import (
@@ -269,7 +270,8 @@ class Planning:
     def __post_init__(self) -> None:
         self.clock = Clock.of(self.options.time_limit_s)
         self.say("deriving the step")
-        self.graph = self.step()
+        step = self.step()
+        self.graph = inside_products(step) if self.mesh.chip.family == "tpu" else step
         self.flow = self.laid_out()
         limit = self.options.memory_bytes
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit

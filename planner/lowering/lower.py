@@ -7,7 +7,7 @@ resharding path, every op its local kernel. The result is what the three reading
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from costmodels.program import (
     ITEM_BYTES,
@@ -24,6 +24,7 @@ from costmodels.program import (
 )
 from planner.graph.core import Graph, Loop, Node, Op, Stack
 from planner.lowering.halo import Halo, halos
+from planner.lowering.inside import OPERAND
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan
 from planner.sharding.flow import Conversion, Flow, Place
@@ -100,7 +101,8 @@ class _Lowering:
             inputs[name] = self.at_home[home, 0] = self.home_buffer(home)
         self.outputs: dict[str, int] = {}
         block = self.block(graph)
-        return Program(self.plan.axes, self.buffers, block, inputs, self.outputs)
+        program = Program(self.plan.axes, self.buffers, block, inputs, self.outputs)
+        return replace(program, remade=_never_stored(program))
 
     def block(self, graph: Graph) -> Block:
         return tuple(step for n in graph.nodes for step in self.node(n))
@@ -295,6 +297,16 @@ class _Lowering:
         return self.buffer(
             name, t.shape, t.dtype, Spec(spec.dims[lead:]), "temporaries", alias=outer
         )
+
+
+def _never_stored(program: Program) -> dict[int, tuple[int, ...]]:
+    """What products compute inside, unless it is moved first, and what of."""
+    moved = {i.source for i, _ in program.instructions() if isinstance(i, Collective)}
+    return {
+        i.outs[0]: i.ins for i, _ in program.instructions()
+        if isinstance(i, Compute) and i.outs[0] not in moved
+        and isinstance(i.kernel.payload, Op) and i.kernel.payload.attrs.get("inside") == OPERAND
+    }  # fmt: skip
 
 
 def resolve_specs(flow: Flow, plan: Plan, resharder: Resharder) -> Mapping[str, Spec]:

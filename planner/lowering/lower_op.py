@@ -9,13 +9,11 @@ from math import prod
 from costmodels.program import ITEM_BYTES, Kernel
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, volume
-from planner.graph.core import Dims, Op, Rule, Tensor
+from planner.graph.core import FLOATS, Dims, Op, Rule, Tensor
 from planner.lowering.halo import local_op
 from planner.lowering.slices import by_slices, moved_copies
 from planner.sharding.choices import Choice
 from planner.sharding.spec import Sizes
-
-FLOATS = ("f64", "f32", "bf16", "f16", "f8")
 
 
 def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes) -> Kernel:
@@ -27,10 +25,25 @@ def lower_op(op: Op, choice: Choice, tensors: Mapping[str, Tensor], sizes: Sizes
     product = None if op.attrs.get("picks") else contraction_sizes(local)
     dtype = _narrowest(op, tensors) if product is None else tensors[op.ins[0]].dtype
     copies = moved_copies(op) if by_slices(op, choice, local) else (0, 0)
+    moved, work = _moved_bytes(local, tensors), _vector_flops(local)
+    beside, more = _inner(local)
+    if op.attrs.get("inside"):
+        moved = work = 0.0
+    elif product is None:
+        moved, more = moved + more, 0.0
     return Kernel(
-        op.name, op.kind, dtype, _moved_bytes(local, tensors), _vector_flops(local),
-        product, local, offsets, copies,
+        op.name, op.kind, dtype, moved, work + beside, product, local, offsets, copies, more
     )  # fmt: skip
+
+
+def _inner(op: Op) -> tuple[float, float]:
+    """Operations and bytes of what is computed inside of an op (see planner.lowering.inside)."""
+    operations = moved = 0.0
+    for slot, each, of_each in op.attrs.get("inner", ()):
+        dims = op.rule.outs[0] if slot < 0 else op.rule.ins[slot]
+        elements = local_elements(op.rule, dims)
+        operations, moved = operations + each * elements, moved + of_each * elements
+    return operations, moved
 
 
 def _narrowest(op: Op, tensors: Mapping[str, Tensor]) -> str:

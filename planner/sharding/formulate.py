@@ -36,6 +36,7 @@ from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
 from planner.ilp.clock import Clock
 from planner.lowering.halo import Halo, halos
+from planner.lowering.inside import OPERAND
 from planner.lowering.lower_op import lower_op
 from planner.plan import Plan, Proof
 from planner.sharding.agreement import Agreement
@@ -283,7 +284,8 @@ class Space:
         op = site.op
         node = self.node_of(op)
         found = []
-        for k, interval in site.held.items():
+        stored = op.attrs.get("inside") != OPERAND
+        for k, interval in site.held.items() if stored else ():
             if points := _points(interval, active):
                 t = self.tensors[op.outs[k]]
                 amount = self._bytes(Place("result", op.name, k), t.shape, t.dtype)
