@@ -110,10 +110,10 @@ def placement(result: Result) -> Placement:
     held = _held(result, ways)
     homes = {name: result.specs[name] for name in held}
     read = {name: places[-1] for name, places in held.items()}
-    found = _inside(replace(result, specs={**result.specs, **read}), ways)
-    return replace(
-        found, tensors={**found.tensors, **homes}, held=held, updates=_updates(result, ways)
-    )
+    made_at = Gradients(result)
+    found = _inside(replace(result, specs={**result.specs, **read}), ways, made_at)
+    updates = _updates(result, ways, made_at)
+    return replace(found, tensors={**found.tensors, **homes}, held=held, updates=updates)
 
 
 def _held(result: Result, ways: _Ways) -> dict[str, Sequence[Spec]]:
@@ -127,10 +127,9 @@ def _held(result: Result, ways: _Ways) -> dict[str, Sequence[Spec]]:
     return found
 
 
-def _inside(result: Result, ways: _Ways) -> Placement:
+def _inside(result: Result, ways: _Ways, made_at: Gradients) -> Placement:
     """Within one microbatch."""
     specs = {**result.specs, **_as_saved(result)}
-    made_at = Gradients(result)
     uses = {**_entries(result, specs, ways), **_tables(result, specs, made_at)}
     sums: dict[str, Spec] = {}
     order = [name for name, _ in result.mesh.axes]
@@ -182,11 +181,10 @@ def _inside(result: Result, ways: _Ways) -> Placement:
     )  # fmt: skip
 
 
-def _updates(result: Result, ways: _Ways) -> dict[str, Update]:
+def _updates(result: Result, ways: _Ways, made_at: Gradients) -> dict[str, Update]:
     """Told nothing, XLA moves a gradient once for every moment of an optimizer."""
     found = {}
     order = [name for name, _ in result.mesh.axes]
-    made_at = Gradients(result)
     for op, _ in result.graph.walk():
         choice = result.plan.choices.get(op.name)
         new = op.outs[0]
@@ -266,9 +264,7 @@ class _Ways:
     def between(self, name: str, source: Spec, target: Spec) -> Sequence[Spec]:
         """The places between, where several collectives follow each other. Compilers do not find
         those: XLA's gathers all of the tensor on every device, and its gradient."""
-        path = self.path(name, source, target)
-        several = sum(move.kind not in FREE for move in path) > 1
-        return tuple(move.result for move in path[:-1]) if several else ()
+        return _stops(self.path(name, source, target))
 
     def to_reader(self, name: str, source: Spec, target: Spec) -> Sequence[Spec]:
         """The same, and what is left of a copy that is cut before it is gathered: XLA gathers it
@@ -438,7 +434,11 @@ def _from_maker(
 ) -> Sequence[Spec]:  # fmt: skip
     """Places that a gradient passes from where it is made to where it is read, by several
     collectives: also those on the way to where it lies."""
-    path = ways.along(name, (made_at.made(name), result.specs.get(name), read))
+    return _stops(ways.along(name, (made_at.made(name), result.specs.get(name), read)))
+
+
+def _stops(path: Sequence[Move]) -> Sequence[Spec]:
+    """The places between, if a path takes several collectives."""
     several = sum(move.kind not in FREE for move in path) > 1
     return tuple(move.result for move in path[:-1]) if several else ()
 

@@ -21,12 +21,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Set
 from dataclasses import dataclass, field, replace
-from math import prod
 
 from costmodels.program import ITEM_BYTES
 from planner.graph import expr as ex
 from planner.graph.builder import contraction_sizes, volume
-from planner.graph.core import Dims, Graph, Loop, Node, Op, Tensor
+from planner.graph.core import Graph, Loop, Node, Op, Tensor
+from planner.lowering.lower_op import local_elements
 
 OPERAND, RESULT = "operand", "result"
 _OTHERWISE = ("onehot", "epilogue", "in_products", "written", "picks")
@@ -64,7 +64,7 @@ class _Scope:
     weights: Set[str]
     kept: Collection[str]  # what is read outside
     inside: dict[str, _Work] = field(default_factory=dict)  # never stored
-    joined: dict[str, str] = field(default_factory=dict)  # reduction → product that makes it
+    joined: set[str] = field(default_factory=set)  # what reductions inside of products make
     inner: dict[str, list[tuple[int, float, float]]] = field(
         default_factory=lambda: defaultdict(list)
     )
@@ -77,10 +77,7 @@ class _Scope:
         for op in self.ops:
             for name in dict.fromkeys(op.ins):
                 self.readers[name].append(op)
-        self.products = {op.name for op in self.ops if self._of_activations(op)}
-        self.made_by_product = {
-            op.outs[0]: op.name for op in self.ops if op.name in self.products
-        }  # fmt: skip
+        self.products = {op.outs[0] for op in self.ops if self._of_activations(op)}
 
     def marked(self) -> list[Node]:
         if not self.products:
@@ -106,14 +103,14 @@ class _Scope:
         if name in self.kept or name in self.elsewhere:
             return False
         readers = self.readers[name]
-        to_product = [r for r in readers if r.name in self.products or r.outs[0] in self.inside]
+        to_product = [r for r in readers if r.outs[0] in self.products | self.inside.keys()]
         return bool(to_product) and all(r in to_product or _reduces(r) for r in readers)
 
     def _work(self, op: Op) -> _Work:
         """Of an op, with what is computed inside of it."""
         operations, sources = float(ex.operations(op.attrs["exprs"][0])), set[str]()
         for name, dims in zip(op.ins, op.rule.ins, strict=True):
-            if _elements(op, dims) == volume(op.rule):
+            if local_elements(op.rule, dims) == volume(op.rule):
                 within = self.inside.get(name)
                 operations += within.operations if within else 0.0
                 sources |= within.sources if within else {name}
@@ -126,34 +123,22 @@ class _Scope:
         """What an op that remains computes besides, or which product computes it."""
         if _reduces(op):
             work = self._work(op)
-            found = [self.made_by_product[n] for n in work.sources if n in self.made_by_product]
-            last = max(found, key=lambda name: self._at(name), default="")
-            if last and self._known_before(op, work, last):
-                made = self._result(last)
-                self.joined[op.name] = last
-                read = self._bytes(work.sources - {made})
+            last = max(work.sources & self.products, key=self.place.__getitem__, default="")
+            if last and self._known_before(op, last):
+                self.joined.add(op.outs[0])
+                read = self._bytes(work.sources - {last})
                 self.inner[last].append((-1, work.operations, read))
                 return
         for slot, name in enumerate(op.ins):
             within = self.inside.get(name)
             if within is not None:
                 more = self._bytes(within.sources) - self._bytes([name])
-                self.inner[op.name].append((slot, within.operations, more))
+                self.inner[op.outs[0]].append((slot, within.operations, more))
 
-    def _result(self, product: str) -> str:
-        return next(out for out, name in self.made_by_product.items() if name == product)
-
-    def _at(self, product: str) -> int:
-        return self.place[self._result(product)]
-
-    def _known_before(self, op: Op, work: _Work, product: str) -> bool:
+    def _known_before(self, op: Op, product: str) -> bool:
         """Whether all else that a reduction reads is there when the product is made."""
-        others = {name for name in op.ins if name not in self.inside} | {
-            name for inner in op.ins if inner in self.inside for name in self._leaves(inner)
-        }
-        others |= work.sources
-        others.discard(self._result(product))
-        return all(self.place.get(name, -1) < self._at(product) for name in others)
+        others = {leaf for name in op.ins for leaf in self._leaves(name)} - {product}
+        return all(self.place.get(name, -1) < self.place[product] for name in others)
 
     def _leaves(self, name: str) -> set[str]:
         """What is stored of all that something inside is made of."""
@@ -166,10 +151,10 @@ class _Scope:
         attrs = dict(op.attrs)
         if op.outs[0] in self.inside:
             attrs["inside"] = OPERAND
-        elif op.name in self.joined:
+        elif op.outs[0] in self.joined:
             attrs["inside"] = RESULT
-        elif op.name in self.inner:
-            attrs["inner"] = tuple(self.inner[op.name])
+        elif op.outs[0] in self.inner:
+            attrs["inner"] = tuple(self.inner[op.outs[0]])
         else:
             return op
         return replace(op, attrs=attrs)
@@ -185,12 +170,8 @@ def _pointwise(op: Op) -> bool:
     these as large."""
     if not _pass(op) or any(f.kind == "reduce" for f in op.rule.factors):
         return False
-    return any(_elements(op, dims) == volume(op.rule) for dims in op.rule.ins)
+    return any(local_elements(op.rule, dims) == volume(op.rule) for dims in op.rule.ins)
 
 
 def _reduces(op: Op) -> bool:
     return _pass(op) and any(f.kind == "reduce" for f in op.rule.factors)
-
-
-def _elements(op: Op, dims: Dims) -> int:
-    return prod(op.rule.factors[f].size for d in dims for f in d)
