@@ -17,7 +17,7 @@ from meshes import LogicalMesh
 def as_compiled(program: Program, mesh: LogicalMesh) -> Program:
     """The program as the compiler for the mesh's chips leaves it."""
     if mesh.chip.family == "tpu":
-        copied = retile_gathered(copy_gathered(narrow_stacks(program)), mesh)
+        copied = retile_gathered(copy_gathered(program, mesh), mesh)
         return tile_arguments(tile_convolutions(copied))
     if mesh.chip.family == "gpu":
         return sums_at_once(program)

@@ -52,12 +52,13 @@ def is_copied(
     mesh: LogicalMesh, axes: Sequence[str], width: ArrayLike, size: ArrayLike
 ) -> Any:
     """Whether arrays of `size` bytes, gathered over `axes` in shards of this width, are copied."""
-    if mesh.chip.family != "tpu" or _fills_torus(mesh, axes):
+    if mesh.chip.family != "tpu" or summed_when_gathered(mesh, axes):
         return np.zeros(np.shape(size), dtype=bool)
     return (np.asarray(width) % ROWS != 0) & (np.asarray(size) > SMALL)
 
 
-def _fills_torus(mesh: LogicalMesh, axes: Sequence[str]) -> bool:
+def summed_when_gathered(mesh: LogicalMesh, axes: Sequence[str]) -> bool:
+    """Whether XLA gathers over these axes by adding up what is zero elsewhere, in place."""
     group = mesh.group(axes)
     return group.whole and len(group.of_kind("ring", "line")) == 3
 

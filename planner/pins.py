@@ -16,6 +16,7 @@ from enum import Enum
 
 from planner.graph.core import ARGUMENTS, Graph, Loop
 from planner.graph.recompute import AGAIN, SAVED
+from planner.lowering.ahead import narrowed_of
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 
@@ -131,12 +132,13 @@ def part_copies(graph: Graph, pins: Mapping[str, Spec]) -> dict[str, Spec]:
     Who says how a step runs does not mean that weights are gathered once for all parts, which
     would be cheap, and fill the memory.
     """
+    narrowed = narrowed_of(graph)
     return {
-        f"{name}@{node.name}": pins[name]
+        f"{name}@{node.name}": pins[parameter]
         for node in graph.nodes
         if isinstance(node, Loop) and node.of_parts
-        for name in node.shared
-        if name in pins and graph.tensors[name].role == "parameter"
+        for name, parameter in ((n, narrowed.get(n, n)) for n in node.shared)
+        if parameter in pins and graph.tensors[parameter].role == "parameter"
     }
 
 

@@ -35,6 +35,7 @@ from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
 from planner.ilp import Look, Outcome, Problem, quick_bound, solve
 from planner.ilp.clock import Clock
+from planner.lowering.ahead import casts_ahead
 from planner.lowering.inside import inside_products
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model, Training
@@ -271,19 +272,24 @@ class Planning:
         self.clock = Clock.of(self.options.time_limit_s)
         self.say("deriving the step")
         step = self.step()
-        self.graph = inside_products(step) if self.mesh.chip.family == "tpu" else step
+        self.graph = inside_products(step) if self.on_tpu else step
         self.flow = self.laid_out()
         limit = self.options.memory_bytes
         self.limit = int(self.mesh.chip.usable_bytes) if limit is None else limit
 
     def step(self) -> Graph:
-        return step_of(self.model, tuple(self.annotation), self.lean)
+        step = step_of(self.model, tuple(self.annotation), self.lean)
+        return casts_ahead(step) if self.on_tpu else step
+
+    @property
+    def on_tpu(self) -> bool:
+        return self.mesh.chip.family == "tpu"
 
     @property
     def lean(self) -> bool:
         """Whether the backward pass is ordered for memory: as TPUs' compiler does it, which
         programs tell to make gradients of weights first (see planner.export.placement)."""
-        return self.mesh.chip.family == "tpu"
+        return self.on_tpu
 
     def laid_out(self) -> Flow:
         return build_flow(

@@ -110,6 +110,8 @@ def placement(result: Result) -> Placement:
     held = _held(result, ways)
     homes = {name: result.specs[name] for name in held}
     read = {name: places[-1] for name, places in held.items()}
+    copies = _copies_for_parts(result)
+    read |= {copies[name]: spec for name, spec in read.items() if name in copies}
     made_at = Gradients(result)
     found = _inside(replace(result, specs={**result.specs, **read}), ways, made_at)
     updates = _updates(result, ways, made_at)
@@ -119,12 +121,20 @@ def placement(result: Result) -> Placement:
 def _held(result: Result, ways: _Ways) -> dict[str, Sequence[Spec]]:
     """Told nothing, XLA gathers such a parameter in every microbatch."""
     found: dict[str, Sequence[Spec]] = {}
+    copied = {copy: name for name, copy in _copies_for_parts(result).items()}
     for loop in (loop for loop in result.graph.loops() if loop.name == ACCUMULATE):
-        for name in (n for n in loop.shared if ways.tensors[n].role == "parameter"):
-            home, read = result.specs[name], result.plan.homes.get(f"{name}@{loop.name}")
-            if read is not None and read != home:
-                found[name] = (*ways.between(name, home, read), read)
+        for copy, name in ((n, copied.get(n, n)) for n in loop.shared):
+            home, read = result.specs[name], result.plan.homes.get(f"{copy}@{loop.name}")
+            if ways.tensors[name].role == "parameter" and read not in (None, home):
+                found[name] = (*ways.between(copy, home, read), read)
     return found
+
+
+def _copies_for_parts(result: Result) -> dict[str, str]:
+    """Parameter → what is made of it before the loop over microbatches, which reads that."""
+    before = (n for n in result.graph.nodes if isinstance(n, Op) and n.phase == "forward")
+    parameters = {t.name for t in result.graph.parameters()}
+    return {op.ins[0]: op.outs[0] for op in before if len(op.ins) == 1 and op.ins[0] in parameters}
 
 
 def _inside(result: Result, ways: _Ways, made_at: Gradients) -> Placement:

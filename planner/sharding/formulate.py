@@ -29,12 +29,13 @@ from numpy.typing import NDArray
 from costmodels.collectives import collective_seconds
 from costmodels.pricing import many_kernel_seconds, prices
 from costmodels.program import ITEM_BYTES
-from costmodels.retiling import retiling_seconds
+from costmodels.retiling import retiling_seconds, summed_when_gathered
 from meshes import LogicalMesh
 from planner.graph.builder import is_cast
 from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
 from planner.ilp.clock import Clock
+from planner.lowering.ahead import AHEAD, NARROWED, SLICE
 from planner.lowering.halo import Halo, halos
 from planner.lowering.inside import OPERAND
 from planner.lowering.lower_op import lower_op
@@ -180,7 +181,7 @@ class Space:
         sources, _ = self.rows(c.source)
         targets, _ = self.rows(c.target)
         found = self.resharder.matrix(sources, targets, c.shape, ITEM_BYTES[c.dtype], c.reduce)
-        if self.narrow_first and self._narrows(c.target):
+        if self.narrow_first and (self._narrows(c.target) or self._stays(c.source)):
             found = _only_free(found)
         if self.narrow_first and self._widens(c.source):
             found = _unreduced(found, sources)
@@ -191,7 +192,12 @@ class Space:
         if target.kind != "operand":
             return False
         op = self.flow.sites[target.op].op
-        return is_cast(op) and self._item(op.outs[0]) < self._item(op.ins[0])
+        done = op.attrs.get(AHEAD) == SLICE
+        return is_cast(op) and (done or self._item(op.outs[0]) < self._item(op.ins[0]))
+
+    def _stays(self, source: Place) -> bool:
+        """Whether it is made of all layers of a parameter, before loops that read its slices."""
+        return source.kind == "result" and source.op.endswith(NARROWED)
 
     def _item(self, name: str) -> float:
         return ITEM_BYTES[self.tensors[name].dtype]
@@ -369,7 +375,10 @@ class Space:
             "held": own if c.extra == "source" else result,
         }
         if self._may_be_copied(c):
-            found["copied"] = result * self.resharder.gathers_last(sources, targets, c.shape, item)
+            found["copied"] = result * self.resharder.gathers_last(
+                sources, targets, c.shape, item,
+                lambda axes: not summed_when_gathered(self.mesh, axes),
+            )  # fmt: skip
         return found
 
     def _local(self, specs: Sequence[Spec], shape: Sequence[int]) -> Array:

@@ -365,11 +365,14 @@ class Resharder:
 
     def gathers_last(
         self, sources: Sequence[Spec], targets: Sequence[Spec], shape: tuple[int, ...],
-        itemsize: int,
+        itemsize: int, counts: Callable[[tuple[str, ...]], bool],
     ) -> NDArray[np.bool_]:  # fmt: skip
-        """Whether paths end with an all-gather."""
+        """Whether paths end with an all-gather over axes that count."""
         graph, distances = self._of(shape, itemsize)
-        gathers = np.array([move.kind == "all-gather" for _, _, move in graph.moves] + [False])
+        last = {m.axes: counts(m.axes) for _, _, m in graph.moves if m.kind == "all-gather"}
+        gathers = np.array(
+            [m.kind == "all-gather" and last[m.axes] for _, _, m in graph.moves] + [False]
+        )
         columns = [graph.number[t] for t in targets]
         return np.array([gathers[distances.last(graph.number[s])][columns] for s in sources])
 

@@ -27,7 +27,7 @@ class Price:
 def counted(program: Program, mesh: LogicalMesh) -> Program:
     """With those of a compiler's copies that the ILP counts."""
     tpu = mesh.chip.family == "tpu"
-    return retile_gathered(copy_gathered(program), mesh) if tpu else program
+    return retile_gathered(copy_gathered(program, mesh), mesh) if tpu else program
 
 
 def lowered_price(space: Space, plan: Plan) -> Price:
