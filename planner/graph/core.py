@@ -20,6 +20,7 @@ from typing import Any
 
 ROLES = (
     "input", "parameter", "state", "cache", "gradient", "residual", "activation", "scalar",
+    "copy",  # of a parameter, made once a step
 )  # fmt: skip
 FLOATS = ("f64", "f32", "bf16", "f16", "f8")
 ARGUMENTS = ("input", "parameter", "state", "cache")  # roles of what a step is given

@@ -75,7 +75,7 @@ def _narrows(op: Op, tensors: Mapping[str, Tensor]) -> bool:
 
 def _narrowed(graph: Graph, parameter: Tensor, dtype: str, pieces: Set[str]) -> Graph:
     """With one cast of all layers, of which loops read slices."""
-    whole = replace(parameter, name=parameter.name + NARROWED, dtype=dtype, role="activation")
+    whole = replace(parameter, name=parameter.name + NARROWED, dtype=dtype, role="copy")
     nodes = [_reading(n, parameter.name, whole, pieces) for n in graph.nodes]
     first = next(i for i, n in enumerate(nodes) if isinstance(n, Loop) and whole.name in n.ins)
     nodes.insert(first, _cast(parameter, whole))

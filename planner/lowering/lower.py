@@ -191,7 +191,7 @@ class _Lowering:
         role = self.tensors[name].role
         if role == "gradient":
             return "gradients"
-        if role in ("parameter", "state", "cache"):
+        if role in ("parameter", "state", "cache", "copy"):
             return "temporaries"
         if name.endswith(".grad") or ".grad_" in name:
             return "temporaries"

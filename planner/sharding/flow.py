@@ -176,7 +176,7 @@ COPY_CATEGORY = "collective_buffers"
 ROLE_CATEGORIES = {
     "parameter": "parameters", "state": "optimizer", "gradient": "gradients",
     "residual": "activations", "input": "activations", "activation": "activations",
-    "cache": "kv_cache",
+    "cache": "kv_cache", "copy": "temporaries",
 }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ from planner.graph.builder import is_cast
 from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
 from planner.ilp.clock import Clock
-from planner.lowering.ahead import AHEAD, NARROWED, SLICE
+from planner.lowering.ahead import AHEAD, SLICE, WHOLE
 from planner.lowering.halo import Halo, halos
 from planner.lowering.inside import OPERAND
 from planner.lowering.lower_op import lower_op
@@ -197,7 +197,8 @@ class Space:
 
     def _stays(self, source: Place) -> bool:
         """Whether it is made of all layers of a parameter, before loops that read its slices."""
-        return source.kind == "result" and source.op.endswith(NARROWED)
+        made_by = self.flow.sites[source.op].op if source.kind == "result" else None
+        return made_by is not None and made_by.attrs.get(AHEAD) == WHOLE
 
     def _item(self, name: str) -> float:
         return ITEM_BYTES[self.tensors[name].dtype]
