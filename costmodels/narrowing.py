@@ -5,7 +5,7 @@ compiler, one cast of the whole stack before the loop and a body that slices the
 is the same; the narrow stack takes memory from the first loop that reads it to the end of the
 last. Seen with libtpu 0.0.52 on v3 and v4 (LaMDA 137B: 128 MiB of 1.21 GiB); the GPU's compiler
 narrows slice by slice. A step that is one program has these casts in its graph
-(planner.lowering.ahead); the halves of a stage are compiled apart, and each makes its own.
+(planner.graph.ahead); the halves of a stage are compiled apart, and each makes its own.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from enum import Enum
 
+from planner.graph.ahead import narrowed_of
 from planner.graph.core import ARGUMENTS, Graph, Loop
 from planner.graph.recompute import AGAIN, SAVED
-from planner.lowering.ahead import narrowed_of
 from planner.sharding.choices import WHOLE_NAMES
 from planner.sharding.spec import Sizes, Spec
 

@@ -30,12 +30,12 @@ from costmodels.memory import Memory, read_memory
 from costmodels.program import ITEM_BYTES, Program
 from costmodels.simulate import Timing, simulate
 from meshes import LogicalMesh
+from planner.graph.ahead import casts_ahead
 from planner.graph.core import Graph
 from planner.graph.derive import step_of
 from planner.graph.flops import count_flops
 from planner.ilp import Look, Outcome, Problem, quick_bound, solve
 from planner.ilp.clock import Clock
-from planner.lowering.ahead import casts_ahead
 from planner.lowering.inside import inside_products
 from planner.lowering.lower import lower, resolve_specs
 from planner.model import Model, Training

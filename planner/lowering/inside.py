@@ -11,6 +11,8 @@ Products by weights are left alone. What their passes take by themselves is abou
 product takes longer with them inside, and barriers between the gradients of their two operands make
 the compiler store what both read (see planner.export.placement).
 
+Nor is stored what is left in a loop of a cast that is made before (see planner.graph.ahead).
+
 Attributes of ops, for what is lowered: `inside` of what is no pass of its own ("operand": never
 stored, "result": made with a product), and `inner` of who computes it: (operand or -1 for the
 result, operations and bytes for each of its elements).
@@ -24,6 +26,7 @@ from dataclasses import dataclass, field, replace
 
 from costmodels.program import ITEM_BYTES
 from planner.graph import expr as ex
+from planner.graph.ahead import AHEAD, SLICE
 from planner.graph.builder import contraction_sizes, volume
 from planner.graph.core import Graph, Loop, Node, Op, Tensor
 from planner.lowering.lower_op import local_elements
@@ -45,6 +48,8 @@ def _marked(
         if isinstance(node, Loop):
             handed_on = {k.exit for k in node.carries} | {s.inner for s in node.writes}
             node = replace(node, body=_marked(node.body, tensors, weights, handed_on))
+        elif node.attrs.get(AHEAD) == SLICE:
+            node = replace(node, attrs={**node.attrs, "inside": OPERAND})
         nodes.append(node)
     return replace(graph, nodes=tuple(_Scope(nodes, tensors, weights, kept).marked()))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from planner.graph.ahead import narrowed_of
 from planner.graph.core import Carry, Graph, Loop, Node, Op, Tensor
 from planner.graph.recompute import CHOOSES
 from planner.sharding.spec import Spec
@@ -191,6 +192,7 @@ class _FlowBuilder:
         self.alike = alike
         self.reduce_once = reduce_once
         self.tensors = flow.graph.all_tensors()
+        self.narrow = {name: narrow for narrow, name in narrowed_of(flow.graph).items()}
         self.held: set[int] = set()  # homes whose memory a conversion already accounts for
 
     # ---- scopes -------------------------------------------------------------------------
@@ -222,8 +224,9 @@ class _FlowBuilder:
         )
 
     def _stack_depth(self, name: str) -> int:
-        """Leading dimensions along which loops slice this tensor."""
-        depth = 0
+        """Leading dimensions along which loops slice this tensor, or what is cast of all of it."""
+        narrow = self.narrow.get(name)
+        depth = 0 if narrow is None else self._stack_depth(narrow)
         for site in self.flow.loops.values():
             for stack in (*site.loop.reads, *site.loop.writes):
                 if stack.outer == name:

@@ -31,11 +31,11 @@ from costmodels.pricing import many_kernel_seconds, prices
 from costmodels.program import ITEM_BYTES
 from costmodels.retiling import retiling_seconds, summed_when_gathered
 from meshes import LogicalMesh
+from planner.graph.ahead import AHEAD, SLICE, WHOLE
 from planner.graph.builder import is_cast
 from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
 from planner.ilp.clock import Clock
-from planner.lowering.ahead import AHEAD, SLICE, WHOLE
 from planner.lowering.halo import Halo, halos
 from planner.lowering.inside import OPERAND
 from planner.lowering.lower_op import lower_op

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 
 from costmodels.program import MOVES, Block, Collective, Compute, Kernel, LoopStep, Program
 from meshes import LogicalMesh
@@ -155,8 +155,11 @@ def work_rows(
     )  # fmt: skip
     rows = [Row("FLOPs per device", "FLOP", flops, reading.flops, t.flops)]
     if compiled.backend == "tpu":
-        seconds = reading.cycles / clock_hz(result.mesh)
-        rows.append(Row("compute time", "s", result.timing.compute_s, seconds, t.compute))
+        # libtpu has no estimate of some products that it decomposes.
+        known = isfinite(reading.cycles)
+        seconds = reading.cycles / clock_hz(result.mesh) if known else None
+        threshold = t.compute if known else None
+        rows.append(Row("compute time", "s", result.timing.compute_s, seconds, threshold))
     return tuple(rows)
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from math import prod
+from math import inf, prod
 
 import numpy as np
 
@@ -20,6 +20,8 @@ HLO_BYTES = {
     "f8e4m3": 1, "f8e4m3b11fnuz": 1, "f8e4m3fnuz": 1, "f8e5m2fnuz": 1, "c64": 8, "c128": 16,
     "token": 0, "opaque": 0,
 }  # fmt: skip
+
+MOST_CYCLES = 2**63 - 1  # an estimate that has run over
 
 _HEADER = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.\-]+) \(.*\) -> .* \{\s*$")
 _RESULT = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.\-]+) = ")
@@ -80,9 +82,11 @@ class Instruction:
         return found.group(1) if found else ""
 
     @property
-    def estimated_cycles(self) -> int:
+    def estimated_cycles(self) -> float:
+        """Infinite where the compiler's own estimate has run over."""
         found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
-        return int(found.group(1)) if found else 0
+        cycles = int(found.group(1)) if found else 0
+        return inf if cycles == MOST_CYCLES else float(cycles)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class _Reader:
             return self._fusion(scope, i)
         if i.opcode in ("call", "async-start"):
             return self.computation(i.called("to_apply") or i.called("calls") or "")
-        found = Reading(flops=self._flops(scope, i), cycles=float(i.estimated_cycles))
+        found = Reading(flops=self._flops(scope, i), cycles=i.estimated_cycles)
         found.cycles_by_phase[_phase(i)] += found.cycles
         return found
 
@@ -131,7 +131,7 @@ class _Reader:
         """Its inside, with the cycles of the fusion itself."""
         called = i.called("calls") or ""
         inside = self.computation(called)
-        found = Reading(flops=inside.flops, cycles=float(i.estimated_cycles))
+        found = Reading(flops=inside.flops, cycles=i.estimated_cycles)
         found.cycles_by_phase[_phase(i)] += found.cycles
         scatter = called.startswith(FUSED_SCATTER)
         for c in inside.collectives:
@@ -153,7 +153,7 @@ class _Reader:
             axes, size = self._axes_of(groups), groups.shape[1]
         if size == 1 and kind != "collective-permute":
             return Reading()  # a group of one moves nothing
-        found = Reading(cycles=float(i.estimated_cycles))
+        found = Reading(cycles=i.estimated_cycles)
         chain = re.search(r'chain_id="(\d+)"', i.rest)
         asynchronous = i.opcode.endswith("-start") or chain is not None
         own = f"{chain[1]}/{i.attribute('channel_id')}" if chain else ""

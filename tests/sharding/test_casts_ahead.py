@@ -8,10 +8,10 @@ from random_plans import PlanDrawer, expected, run_plan
 from small_models import decoder, step_of, steps, weighted_sum
 
 from planner.graph import expr as ex
+from planner.graph.ahead import NARROWED, SLICE, casts_ahead, narrowed_of
 from planner.graph.builder import Builder
 from planner.graph.core import Graph, Loop, Op
 from planner.graph.derive import ACCUMULATE, training_step
-from planner.lowering.ahead import NARROWED, SLICE, casts_ahead, narrowed_of
 from planner.sharding.flow import build_flow
 from planner.values import reference
 

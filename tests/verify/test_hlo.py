@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,14 @@ def test_estimated_cycles_of_loop_bodies_count_with_their_trips(name: str) -> No
         times = LAYERS if head and head[1] in bodies else 1
         expected += times * sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', block)))
     assert reading(name).cycles == expected > 0
+
+
+def test_an_estimate_that_has_run_over_is_no_estimate() -> None:
+    """libtpu prints the largest integer for some decomposed products of v5e."""
+    text = (DATA / "mlp-tpu-v3.hlo").read_text(encoding="utf-8")
+    over = text.replace('"estimated_cycles":"21128"', f'"estimated_cycles":"{2**63 - 1}"', 1)
+    assert over != text
+    assert read(parse(over), MESH).cycles == inf
 
 
 # ---- syntax --------------------------------------------------------------------------------------

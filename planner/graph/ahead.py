@@ -18,7 +18,6 @@ from costmodels.program import ITEM_BYTES
 from planner.graph import expr as ex
 from planner.graph.builder import distinct, is_cast
 from planner.graph.core import Factor, Graph, Loop, Node, Op, Rule, Tensor
-from planner.lowering.inside import OPERAND
 
 AHEAD = "ahead"  # attribute: which of these an op is
 WHOLE = "whole"  # the cast of a whole parameter
@@ -45,7 +44,7 @@ def casts_ahead(graph: Graph) -> Graph:
 
 
 def narrowed_of(graph: Graph) -> dict[str, str]:
-    """All layers of a parameter, narrowed → the parameter."""
+    """All of a parameter, narrowed → the parameter."""
     casts = (n for n in graph.nodes if isinstance(n, Op) and n.attrs.get(AHEAD) == WHOLE)
     return {op.outs[0]: op.ins[0] for op in casts}
 
@@ -95,7 +94,7 @@ def _cast(source: Tensor, target: Tensor) -> Op:
 def _reading(node: Node, name: str, whole: Tensor, pieces: Set[str]) -> Node:
     """A loop that reads `whole` instead of `name`, and what is left of casts in it."""
     if isinstance(node, Op):
-        left = {**node.attrs, AHEAD: SLICE, "inside": OPERAND}
+        left = {**node.attrs, AHEAD: SLICE}
         return node if pieces.isdisjoint(node.ins) else replace(node, attrs=left)
     tensors = {
         n: replace(t, dtype=whole.dtype) if n in pieces else t
