@@ -107,10 +107,10 @@ class Placement:
 def placement(result: Result) -> Placement:
     """The plan's placement. What is saved for the backward pass lies as it is saved."""
     ways = _Ways(result)
-    held = _held(result, ways)
+    copies = _copies_for_parts(result)
+    held = _held(result, ways, copies)
     homes = {name: result.specs[name] for name in held}
     read = {name: places[-1] for name, places in held.items()}
-    copies = _copies_for_parts(result)
     read |= {copies[name]: spec for name, spec in read.items() if name in copies}
     made_at = Gradients(result)
     found = _inside(replace(result, specs={**result.specs, **read}), ways, made_at)
@@ -118,10 +118,13 @@ def placement(result: Result) -> Placement:
     return replace(found, tensors={**found.tensors, **homes}, held=held, updates=updates)
 
 
-def _held(result: Result, ways: _Ways) -> dict[str, Sequence[Spec]]:
-    """Told nothing, XLA gathers such a parameter in every microbatch."""
+def _held(
+    result: Result, ways: _Ways, copies: Mapping[str, str]
+) -> dict[str, Sequence[Spec]]:  # fmt: skip
+    """Told nothing, XLA gathers such a parameter in every microbatch. `copies`: what is read of
+    parameters instead."""
     found: dict[str, Sequence[Spec]] = {}
-    copied = {copy: name for name, copy in _copies_for_parts(result).items()}
+    copied = {copy: name for name, copy in copies.items()}
     for loop in (loop for loop in result.graph.loops() if loop.name == ACCUMULATE):
         for copy, name in ((n, copied.get(n, n)) for n in loop.shared):
             home, read = result.specs[name], result.plan.homes.get(f"{copy}@{loop.name}")
