@@ -10,7 +10,7 @@ together would not. Plans differ in that, so the search also starts from one wit
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 from planner.annotations import Axes, annotated, stacked_dims
@@ -82,7 +82,10 @@ def completed(
 
 
 def _agreeing(result: Result, options: Options) -> Iterator[Result]:
-    """A plan that is about as fast and leaves less to be settled, if there is one."""
+    """A plan that is about as fast and as large and leaves less to be settled, if there is one."""
+    if result.fits:
+        room = int(result.memory.peak_bytes * (1 + MAX_GROWTH))
+        options = replace(options, memory_bytes=room, headroom=0.0)
     for share in DISPUTE_SHARES:
         dispute_s = share * result.timing.step_time_s
         try:
