@@ -34,7 +34,7 @@ def casts_ahead(graph: Graph) -> Graph:
         casts = [n for n in inside if isinstance(n, Op) and names.intersection(n.ins)]
         dtypes = {tensors[op.outs[0]].dtype for op in casts}
         carried = any(k.init in names for n in inside if isinstance(n, Loop) for k in n.carries)
-        if carried or len(dtypes) != 1 or not all(_narrows(op, tensors) for op in casts):
+        if carried or len(dtypes) != 1 or not all(narrows(op, tensors) for op in casts):
             continue
         if all(parameter.name not in op.ins for op in casts):
             graph = _narrowed(graph, parameter, dtypes.pop(), names - {parameter.name})
@@ -66,7 +66,8 @@ def _pieces(nodes: Sequence[Node], name: str) -> Iterator[str]:
             yield from _pieces(loop.body.nodes, name)
 
 
-def _narrows(op: Op, tensors: Mapping[str, Tensor]) -> bool:
+def narrows(op: Op, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether an op only narrows what it reads."""
     return is_cast(op) and (
         ITEM_BYTES[tensors[op.outs[0]].dtype] < ITEM_BYTES[tensors[op.ins[0]].dtype]
     )

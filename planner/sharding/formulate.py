@@ -31,7 +31,7 @@ from costmodels.pricing import many_kernel_seconds, prices
 from costmodels.program import ITEM_BYTES
 from costmodels.retiling import retiling_seconds, summed_when_gathered
 from meshes import LogicalMesh
-from planner.graph.ahead import AHEAD, SLICE, WHOLE
+from planner.graph.ahead import AHEAD, SLICE, WHOLE, narrows
 from planner.graph.builder import is_cast
 from planner.graph.core import Op, Tensor
 from planner.ilp import Edge, Problem, Usage
@@ -192,8 +192,7 @@ class Space:
         if target.kind != "operand":
             return False
         op = self.flow.sites[target.op].op
-        done = op.attrs.get(AHEAD) == SLICE
-        return is_cast(op) and (done or self._item(op.outs[0]) < self._item(op.ins[0]))
+        return op.attrs.get(AHEAD) == SLICE or narrows(op, self.tensors)
 
     def _stays(self, source: Place) -> bool:
         """Whether it is made of all layers of a parameter, before loops that read its slices."""
